@@ -1,0 +1,3 @@
+//! The command line that lists and drives Stackhand's agents.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Stackhand's compute agent.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Stackhand's network agent.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Stackhand's storage agent.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! RabbitMQ, in the wire format of oslo.messaging.

@@ -1,0 +1,1 @@
+//! A Unix socket on one host: one JSON object a line.

@@ -1,0 +1,1 @@
+//! Signatures on the commands of our own API.

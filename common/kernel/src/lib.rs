@@ -1,0 +1,1 @@
+//! Netlink sockets, network namespaces and running host programs.

@@ -1,0 +1,1 @@
+//! Resource documents, typed ids, validation and JSON Schema.

@@ -1,0 +1,1 @@
+//! What every agent shares: config, telemetry, ledger, reconcile loop, own API, lifecycle.

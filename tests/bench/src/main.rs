@@ -1,0 +1,3 @@
+//! Benchmarks: ratios against a floor measured in the same run.
+
+fn main() {}
