@@ -1,0 +1,66 @@
+# Everything a person or CI types. `make help` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+
+stage := @scripts/stage
+# Tools that `cargo install` put there are found even where the shell does not look.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+shell_scripts = $(shell git ls-files -co --exclude-standard scripts .ci tests/lab packaging/scripts | xargs -r grep -lE '^\#!.*\b(ba)?sh\b')
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install what building, tests and the demo need
+	$(stage) setup scripts/setup
+
+.PHONY: demo
+demo: ## Start the three agents here, apply a document, show them
+	$(stage) setup scripts/setup build demo
+	$(stage) demo scripts/demo up
+
+.PHONY: demo-down
+demo-down: ## End the demo and remove all it made
+	@scripts/demo down
+
+.PHONY: test
+test: setup lint ## Check and test everything, as CI does
+	$(stage) "doc tests" cargo test --locked --quiet --workspace --doc
+	$(stage) tests cargo nextest run --locked --workspace --profile ci
+
+.PHONY: test-fast
+test-fast: ## Unit and property tests alone: no broker, no guest, no root
+	$(stage) "fast tests" cargo nextest run --locked --workspace --profile fast
+
+.PHONY: test-slow
+test-slow: ## The tests that boot machines or break brokers
+	$(stage) setup scripts/setup
+	$(stage) "slow tests" cargo nextest run --locked --workspace --profile slow
+
+.PHONY: lint
+lint: ## Format, shell scripts, clippy, rustdoc, dependencies
+	$(stage) format cargo fmt --all --check
+	$(stage) shellcheck shellcheck --external-sources $(shell_scripts)
+	$(stage) clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(stage) rustdoc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --quiet --workspace --no-deps --document-private-items
+	$(stage) dependencies cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
+
+.PHONY: advisories
+advisories: ## Ask the RustSec database about our dependencies (needs a network)
+	$(stage) advisories cargo deny --locked check advisories
+
+.PHONY: bench
+bench: ## Measure speed and memory against the bars, printed as a table
+	$(stage) setup scripts/setup
+	$(stage) build cargo build --locked --release --workspace --bins
+	$(stage) bench cargo run --locked --release --package stackhand-bench
+
+.PHONY: packages
+packages: ## Build .deb and .rpm packages into target/packages
+	$(stage) setup scripts/setup build packages
+	$(stage) packages scripts/packages
