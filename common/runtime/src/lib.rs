@@ -1,1 +1,15 @@
 //! What every agent shares: config, telemetry, ledger, reconcile loop, own API, lifecycle.
+
+pub mod agent;
+pub mod api;
+pub mod client;
+pub mod config;
+pub mod events;
+pub mod health;
+pub mod http;
+pub mod lifecycle;
+pub mod metrics;
+pub mod preflight;
+pub mod report;
+pub mod systemd;
+pub mod telemetry;
