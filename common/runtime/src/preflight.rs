@@ -249,7 +249,7 @@ pub fn common_checks<S: AgentSection>(loaded: &Loaded<S>) -> Vec<Check> {
         }),
     ];
     if let Some(url) = common.bus.url.clone() {
-        let signing = common.signing.clone();
+        let signing = common.signing;
         checks.push(Check::blocking("trusted-controllers", move || {
             paths::trusted_controllers(&signing)
         }));

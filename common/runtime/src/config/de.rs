@@ -16,7 +16,7 @@ use super::tree::{Entry, Node, Origin, Value};
 /// Why the tree is not of the wanted type.
 #[derive(Debug)]
 pub(super) struct DeError {
-    kind: Kind,
+    kind: Box<Kind>,
     /// Names of the keys that lead to the place.
     pub(super) path: Vec<String>,
     origin: Option<Origin>,
@@ -33,7 +33,7 @@ enum Kind {
 
 impl DeError {
     fn new(kind: Kind) -> Self {
-        Self { kind, path: Vec::new(), origin: None }
+        Self { kind: Box::new(kind), path: Vec::new(), origin: None }
     }
 
     /// The same, below the key `name`; its place is `origin` if nothing below knew better.
@@ -57,7 +57,7 @@ impl DeError {
         }
         let key = names.join(".");
         let secret = names.iter().any(|name| redact::is_secret_key(name));
-        let message = match self.kind {
+        let message = match *self.kind {
             Kind::UnknownKey { name, known } => {
                 let what = if known_sections(known) && names.len() == 1 {
                     "key or section"

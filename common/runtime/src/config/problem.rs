@@ -82,7 +82,7 @@ impl Problems {
     }
 
     /// Reports `key` if `value` is outside `limits`.
-    pub fn range<T: PartialOrd + fmt::Display>(
+    pub fn range<T: Copy + PartialOrd + fmt::Display>(
         &mut self,
         key: &str,
         value: T,

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 /// What stands where a secret was.
 const MASK: &str = "***";
 
-/// A setting that is never shown: `Debug` and serialisation write `***`.
+/// A setting that is never shown: `Debug` and serialisation write `***`, or nothing for an empty
+/// one.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -34,7 +35,7 @@ impl fmt::Debug for Secret {
 
 impl Serialize for Secret {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(MASK)
+        serializer.serialize_str(if self.0.is_empty() { "" } else { MASK })
     }
 }
 
