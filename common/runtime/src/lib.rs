@@ -7,6 +7,7 @@ pub mod config;
 pub mod events;
 pub mod health;
 pub mod http;
+pub mod ledger;
 pub mod lifecycle;
 pub mod metrics;
 pub mod preflight;
