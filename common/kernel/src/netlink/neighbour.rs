@@ -1,0 +1,262 @@
+//! Neighbours (which Ethernet address an IP address has) and forwarding entries (behind which
+//! port or host an Ethernet address is).
+
+use std::io;
+use std::net::IpAddr;
+
+use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::packet_route::route::RouteType;
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use stackhand_model::MacAddr;
+
+use super::Links;
+use crate::KernelError;
+
+/// The Ethernet address under which a VXLAN link files its flood list.
+const FLOOD: MacAddr = MacAddr([0; 6]);
+
+/// Which table a forwarding entry is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FdbTable {
+    /// The link's own, for a VXLAN link: the address is behind that host.
+    Link {
+        /// The other host's tunnel address.
+        via: IpAddr,
+    },
+    /// The bridge's that the link belongs to: the address is behind this port.
+    Bridge,
+}
+
+/// A forwarding entry that somebody set; what the kernel learned by itself is its own business.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FdbEntry {
+    /// Number of the link.
+    pub link: u32,
+    /// The Ethernet address; all zeroes in a VXLAN link's own table: its flood list.
+    pub mac: MacAddr,
+    /// Which table.
+    pub table: FdbTable,
+}
+
+/// A neighbour that somebody set for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Neighbour {
+    /// Number of the link.
+    pub link: u32,
+    /// The IP address.
+    pub address: IpAddr,
+    /// Its Ethernet address.
+    pub mac: MacAddr,
+}
+
+impl Links {
+    /// The forwarding entries that somebody set, in order.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn forwarding(&self) -> Result<Vec<FdbEntry>, KernelError> {
+        let mut entries = Vec::new();
+        self.dump(AddressFamily::Bridge, |message| entries.extend(parse_fdb(message))).await?;
+        entries.sort_unstable();
+        entries.dedup();
+        Ok(entries)
+    }
+
+    /// The neighbours that somebody set for good, in order.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn neighbours(&self) -> Result<Vec<Neighbour>, KernelError> {
+        let mut entries = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            self.dump(family, |message| entries.extend(parse_neighbour(message))).await?;
+        }
+        entries.sort_unstable();
+        Ok(entries)
+    }
+
+    async fn dump(
+        &self,
+        family: AddressFamily,
+        mut take: impl FnMut(&NeighbourMessage),
+    ) -> Result<(), KernelError> {
+        let mut query = NeighbourMessage::default();
+        query.header.family = family;
+        self.read(RouteNetlinkMessage::GetNeighbour(query), true, |answer| {
+            if let RouteNetlinkMessage::NewNeighbour(message) = answer {
+                take(&message);
+            }
+        })
+        .await
+        .map_err(|source| refused("list", "neighbours".to_owned(), source))
+    }
+
+    /// Sets a forwarding entry. An Ethernet address points to one host, the newest; the flood
+    /// list grows. One that is there already is fine.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn set_forwarding(&self, entry: FdbEntry) -> Result<(), KernelError> {
+        let flood = entry.mac == FLOOD;
+        let flags = NLM_F_CREATE | if flood { NLM_F_APPEND } else { NLM_F_REPLACE };
+        let message = RouteNetlinkMessage::NewNeighbour(describe_fdb(entry));
+        match self.write(message, flags).await {
+            Err(error) if flood && error.raw_os_error() == Some(nix::libc::EEXIST) => Ok(()),
+            result => {
+                result.map_err(|source| refused("set", format!("FDB entry {}", entry.mac), source))
+            }
+        }
+    }
+
+    /// Removes a forwarding entry. One that is not there is fine.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn remove_forwarding(&self, entry: FdbEntry) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::DelNeighbour(describe_fdb(entry));
+        gone_is_fine(self.write(message, 0).await)
+            .map_err(|source| refused("remove", format!("FDB entry {}", entry.mac), source))
+    }
+
+    /// Sets a neighbour for good, replacing what was known of the address.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn set_neighbour(&self, entry: Neighbour) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::NewNeighbour(describe_neighbour(entry));
+        self.write(message, NLM_F_CREATE | NLM_F_REPLACE)
+            .await
+            .map_err(|source| refused("set", format!("neighbour {}", entry.address), source))
+    }
+
+    /// Removes a neighbour. One that is not there is fine.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn remove_neighbour(&self, entry: Neighbour) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::DelNeighbour(describe_neighbour(entry));
+        gone_is_fine(self.write(message, 0).await)
+            .map_err(|source| refused("remove", format!("neighbour {}", entry.address), source))
+    }
+}
+
+fn describe_fdb(entry: FdbEntry) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = entry.link;
+    message.header.kind = RouteType::Unspec;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(entry.mac.0.to_vec()));
+    match entry.table {
+        FdbTable::Link { via } => {
+            message.header.flags = NeighbourFlags::Own;
+            message.header.state = NeighbourState::Permanent;
+            message.attributes.push(NeighbourAttribute::Destination(via.into()));
+        }
+        FdbTable::Bridge => {
+            message.header.flags = NeighbourFlags::Controller;
+            message.header.state = NeighbourState::Noarp;
+        }
+    }
+    message
+}
+
+/// The state bits that say that an entry does not age.
+fn is_static(state: NeighbourState) -> bool {
+    let bits = u16::from(state);
+    bits & (u16::from(NeighbourState::Permanent) | u16::from(NeighbourState::Noarp)) != 0
+}
+
+fn parse_fdb(message: &NeighbourMessage) -> Option<FdbEntry> {
+    let (mut mac, mut via, mut in_bridge) = (None, None, false);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes.as_slice().try_into().ok().map(MacAddr);
+            }
+            NeighbourAttribute::Destination(address) => via = ip(address),
+            NeighbourAttribute::Controller(_) => in_bridge = true,
+            _ => {}
+        }
+    }
+    if message.header.family != AddressFamily::Bridge || !is_static(message.header.state) {
+        return None;
+    }
+    let table = match via {
+        // A bridge's own addresses and those of its ports are permanent; ours are static.
+        None if in_bridge && message.header.state == NeighbourState::Noarp => FdbTable::Bridge,
+        Some(via) if !in_bridge => FdbTable::Link { via },
+        _ => return None,
+    };
+    Some(FdbEntry { link: message.header.ifindex, mac: mac?, table })
+}
+
+fn describe_neighbour(entry: Neighbour) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family =
+        if entry.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.header.ifindex = entry.link;
+    message.header.state = NeighbourState::Permanent;
+    message.header.kind = RouteType::Unspec;
+    message.attributes.push(NeighbourAttribute::Destination(entry.address.into()));
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(entry.mac.0.to_vec()));
+    message
+}
+
+fn parse_neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let (mut address, mut mac) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes.as_slice().try_into().ok().map(MacAddr);
+            }
+            NeighbourAttribute::Destination(destination) => address = ip(destination),
+            _ => {}
+        }
+    }
+    Some(Neighbour { link: message.header.ifindex, address: address?, mac: mac? })
+}
+
+/// In a bridge-family message the parser leaves addresses as bytes.
+fn ip(address: &NeighbourAddress) -> Option<IpAddr> {
+    match address {
+        NeighbourAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        NeighbourAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        NeighbourAddress::Other(bytes) => <[u8; 4]>::try_from(bytes.as_slice())
+            .map(IpAddr::from)
+            .or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from))
+            .ok(),
+        _ => None,
+    }
+}
+
+fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn refused(action: &'static str, object: String, source: io::Error) -> KernelError {
+    KernelError::Netlink { action, object, source }
+}
+
+/// Whether the message is about an entry that does not come and go with traffic.
+pub(super) fn is_set_by_somebody(message: &NeighbourMessage) -> bool {
+    if message.header.family == AddressFamily::Bridge {
+        parse_fdb(message).is_some()
+    } else {
+        parse_neighbour(message).is_some()
+    }
+}
