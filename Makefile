@@ -62,5 +62,5 @@ bench: ## Measure speed and memory against the bars, printed as a table
 
 .PHONY: packages
 packages: ## Build .deb and .rpm packages into target/packages
-	$(stage) setup scripts/setup build packages
+	$(stage) setup scripts/setup build packages lab
 	$(stage) packages scripts/packages
