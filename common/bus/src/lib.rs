@@ -18,6 +18,7 @@ mod message;
 pub mod sign;
 mod target;
 mod transport;
+pub mod wire;
 
 pub use error::{BusError, Failure};
 pub use message::{Context, Notification, Priority, Request};

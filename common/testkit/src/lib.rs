@@ -3,10 +3,12 @@
 //! * [`in_netns`]: a test in a network namespace of its own;
 //! * [`wait_for`] and [`wait_for_sync`]: wait for a condition with a deadline, never for a time;
 //! * [`bin`] and [`Spawned`]: the workspace's own programs, started and surely ended;
+//! * [`broker`]: private RabbitMQ nodes, to be killed and restarted at will;
 //! * [`free_port`]: a TCP port nobody listens on.
 //!
 //! A fixture that cannot be had is never passed over in silence: see [`missing`].
 
+pub mod broker;
 mod netns;
 mod process;
 mod wait;

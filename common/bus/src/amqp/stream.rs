@@ -1,0 +1,267 @@
+//! Streams: RabbitMQ's append-only queues, over plain AMQP.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Consumer};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::amqp::client::{Needs, send};
+use crate::amqp::link::Shared;
+use crate::amqp::options::seconds;
+use crate::amqp::session::{DeclareError, Outgoing, Session, short};
+use crate::amqp::topology::{interval, stream_queue, text};
+use crate::{BusError, ReadFrom, Record, Stream, wire};
+
+/// Records delivered ahead of their acknowledgement. Streams insist on a bound.
+const PREFETCH: u16 = 512;
+
+/// Acknowledge this often; it only moves the window.
+const ACK_EVERY: u64 = 128;
+
+/// A broker that holds a record delivers it well within this time.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// How long the first record may take where there may be none: a stream that is not empty but
+/// has nothing young enough.
+const FIRST: Duration = Duration::from_millis(700);
+
+/// Appends a record. See [`crate::Transport::publish`].
+pub(super) async fn publish(
+    shared: &Shared,
+    stream: &Stream,
+    body: &Value,
+) -> Result<(), BusError> {
+    let queue = stream_queue(stream);
+    let body = body.to_string().into_bytes();
+    if body.len() > wire::MAX_BODY {
+        let what = format!("a record of {} bytes is more than {}", body.len(), wire::MAX_BODY);
+        return Err(BusError::Malformed(what));
+    }
+    let message =
+        Outgoing { exchange: "", key: &queue.name, body: &body, expiration: None, mandatory: true };
+    send(shared, Needs::Queue(&queue), &message).await
+}
+
+/// Where the next consumer starts.
+#[derive(Clone, Copy, Debug)]
+enum Start {
+    From(ReadFrom),
+    Offset(u64),
+}
+
+impl Start {
+    fn argument(self) -> AMQPValue {
+        match self {
+            Self::From(ReadFrom::First) => text("first"),
+            Self::From(ReadFrom::Next) => text("next"),
+            Self::From(ReadFrom::Age(age)) => text(&interval(age)),
+            Self::Offset(offset) => {
+                AMQPValue::LongLongInt(i64::try_from(offset).unwrap_or(i64::MAX))
+            }
+        }
+    }
+}
+
+/// Reads. See [`crate::Transport::read`].
+pub(super) async fn read(
+    shared: &Arc<Shared>,
+    stream: &Stream,
+    from: ReadFrom,
+    follow: bool,
+) -> Result<BoxStream<'static, Result<Record, BusError>>, BusError> {
+    let limit = seconds(shared.options.send_timeout_seconds);
+    let session = shared.session(Instant::now() + limit).await?;
+    let queue = stream_queue(stream);
+    let held = session.declare_queue(&queue).await;
+    let held = held.map_err(|error| error.into_bus_error(&session.peer))?;
+    if !follow && (held == 0 || from == ReadFrom::Next) {
+        return Ok(futures_util::stream::empty().boxed());
+    }
+    let broke = |error: DeclareError| error.into_bus_error(&session.peer);
+    let last = if follow {
+        None
+    } else {
+        let Some(first) = first_offset(&session, stream).await.map_err(broke)? else {
+            return Ok(futures_util::stream::empty().boxed());
+        };
+        Some(first + u64::from(held) - 1)
+    };
+    // Subscribed before we return, so that a reader of what comes next misses nothing.
+    let start = Start::From(from);
+    let consumer = subscribe(&session, stream, start).await.map_err(broke)?;
+
+    let (records, out) = mpsc::channel(256);
+    let mut reader =
+        Reader { shared: Arc::clone(shared), stream: stream.clone(), start, last, records };
+    tokio::spawn(async move { reader.run(session, consumer).await });
+    let out = futures_util::stream::unfold(out, |mut out| async {
+        out.recv().await.map(|record| (record, out))
+    });
+    Ok(out.boxed())
+}
+
+/// The offset of the oldest record; `None` if there is none after all.
+async fn first_offset(session: &Session, stream: &Stream) -> Result<Option<u64>, DeclareError> {
+    let (_channel, mut consumer) = subscribe(session, stream, Start::From(ReadFrom::First)).await?;
+    let first = tokio::time::timeout(SILENCE, consumer.next()).await;
+    match first {
+        Ok(Some(Ok(delivery))) => Ok(offset_of(&delivery)),
+        Ok(Some(Err(error))) => Err(session.lost(&error)),
+        Ok(None) => Err(DeclareError::LinkLost),
+        Err(_) => Ok(None),
+    }
+}
+
+async fn subscribe(
+    session: &Session,
+    stream: &Stream,
+    start: Start,
+) -> Result<(Channel, Consumer), DeclareError> {
+    let channel = session.channel().await?;
+    let consuming = async {
+        channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), start.argument());
+        let options = BasicConsumeOptions::default();
+        channel.basic_consume(short(&stream.name)?, "1".into(), options, arguments).await
+    };
+    let what = format!("consumer of {}", stream.name);
+    let consumer = consuming.await.map_err(|error| session.refused(&what, &error))?;
+    Ok((channel, consumer))
+}
+
+fn offset_of(delivery: &Delivery) -> Option<u64> {
+    let headers = delivery.properties.headers().as_ref()?;
+    match headers.inner().get("x-stream-offset")? {
+        AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
+        AMQPValue::LongInt(offset) => u64::try_from(*offset).ok(),
+        AMQPValue::LongUInt(offset) => Some(u64::from(*offset)),
+        _ => None,
+    }
+}
+
+/// Reads on, across sessions.
+struct Reader {
+    shared: Arc<Shared>,
+    stream: Stream,
+    start: Start,
+    /// The last record to read; `None` follows.
+    last: Option<u64>,
+    records: mpsc::Sender<Result<Record, BusError>>,
+}
+
+/// Why reading stopped.
+enum Stopped {
+    /// All was read, or nobody reads any more.
+    Done,
+    /// The session ended; there is more.
+    LinkLost,
+}
+
+impl Reader {
+    async fn run(&mut self, session: Arc<Session>, consumer: (Channel, Consumer)) {
+        let mut next = Some((session, consumer));
+        loop {
+            if let Some((session, (channel, consumer))) = next.take() {
+                let stopped = self.read_on(&session, consumer).await;
+                if !session.is_over() {
+                    let _ = channel.close(200, "OK".into()).await;
+                }
+                if matches!(stopped, Stopped::Done) {
+                    return;
+                }
+            }
+            next = self.subscribe_again().await;
+            if next.is_none() && (self.records.is_closed() || self.shared.stop.is_cancelled()) {
+                return;
+            }
+        }
+    }
+
+    /// Subscribes on the next session, after what was read. `None` asks for another try.
+    async fn subscribe_again(&mut self) -> Option<(Arc<Session>, (Channel, Consumer))> {
+        let session = tokio::select! {
+            () = self.records.closed() => return None,
+            session = self.shared.next_session() => session?,
+        };
+        let subscribed = async {
+            session.declare_queue(&stream_queue(&self.stream)).await?;
+            subscribe(&session, &self.stream, self.start).await
+        };
+        match subscribed.await {
+            Ok(consumer) => Some((session, consumer)),
+            Err(error) => {
+                if let DeclareError::Refused(_) = error {
+                    let error = error.into_bus_error(&session.peer);
+                    let _ = self.records.send(Err(error)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                None
+            }
+        }
+    }
+
+    async fn read_on(&mut self, session: &Session, mut consumer: Consumer) -> Stopped {
+        let mut unacked = 0;
+        let mut patience =
+            if matches!(self.start, Start::From(ReadFrom::Age(_))) { FIRST } else { SILENCE };
+        loop {
+            let silence = async {
+                match self.last {
+                    Some(_) => tokio::time::sleep(patience).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let delivery = tokio::select! {
+                biased;
+                delivery = consumer.next() => delivery,
+                () = self.records.closed() => return Stopped::Done,
+                () = session.over() => return Stopped::LinkLost,
+                // What was counted is not there any more, or never was young enough.
+                () = silence => return Stopped::Done,
+            };
+            patience = SILENCE;
+            let Some(Ok(delivery)) = delivery else {
+                session.end(format!("the broker cancelled a consumer of {}", self.stream.name));
+                return Stopped::LinkLost;
+            };
+            let Some(offset) = offset_of(&delivery) else { continue };
+            // Chunks are delivered whole: the first may begin before where we asked.
+            if matches!(self.start, Start::Offset(start) if offset < start) {
+                continue;
+            }
+            unacked += 1;
+            if unacked >= ACK_EVERY {
+                unacked = 0;
+                // A lost ack ends the session, which shows above.
+                let _ = delivery.ack(BasicAckOptions { multiple: true }).await;
+            }
+            if self.last.is_some_and(|last| offset > last) {
+                return Stopped::Done;
+            }
+            self.start = Start::Offset(offset + 1);
+            let record = match wire::open_record(&delivery.data) {
+                Ok(body) => Ok(Record { offset, body }),
+                Err(error) => {
+                    self.shared.counts.malformed.add();
+                    tracing::warn!(stream = self.stream.name, offset, %error, "record skipped");
+                    if self.last == Some(offset) {
+                        return Stopped::Done;
+                    }
+                    continue;
+                }
+            };
+            if self.records.send(record).await.is_err() || self.last == Some(offset) {
+                return Stopped::Done;
+            }
+        }
+    }
+}
