@@ -170,7 +170,10 @@ impl Shutdown {
     /// begin.
     #[must_use]
     pub fn begin(&self, what: impl Into<String>) -> Option<Busy> {
-        (!self.shared.stopping.is_cancelled()).then(|| self.shared.work.add(what.into()))
+        // Marked before looking: work that begins while the process starts to stop is either
+        // refused here or waited for there.
+        let busy = self.shared.work.add(what.into());
+        (!self.shared.stopping.is_cancelled()).then_some(busy)
     }
 
     /// Marks something that needs the closing phase, such as a link that says good-bye. Hold it

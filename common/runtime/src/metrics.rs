@@ -137,6 +137,17 @@ impl Metrics {
         metrics
     }
 
+    /// Counts an object of `kind` that could not be made what it should be.
+    pub fn count_failure(&self, kind: &str) {
+        self.reconcile_failures.get_or_create(&[("kind", kind.to_owned())]).inc();
+    }
+
+    /// Counts a command that was refused. `reason` is one of a fixed set of words, never text from
+    /// outside: each makes a series.
+    pub fn count_refusal(&self, reason: &'static str) {
+        self.refused_commands.get_or_create(&[("reason", reason.to_owned())]).inc();
+    }
+
     /// Adds an agent's own metrics. Names get the prefix `stackhand_`.
     pub fn register(&self, add: impl FnOnce(&mut Registry)) {
         add(&mut self.registry());

@@ -103,6 +103,7 @@ impl Notifier {
     pub async fn feed_watchdog(&self, health: Health, stop: CancellationToken) {
         let Some(interval) = self.watchdog else { return };
         let mut ticks = tokio::time::interval(interval / 2);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut was_alive = true;
         loop {
             tokio::select! {

@@ -12,12 +12,19 @@ const COMMENT_COLUMN: usize = 44;
 
 /// Prints `settings`; secrets are masked. The result is TOML.
 pub(super) fn print<S: AgentSection>(settings: &Settings<S>, origins: &Origins) -> String {
+    let root = whole(settings);
+    let defaults = whole(&Settings::<S>::default());
+    let mut out = format!("# Settings of the {} agent, with the source of each.\n", S::AGENT);
+    table(&mut out, &root, &defaults, "", origins);
+    out
+}
+
+/// All settings as one table.
+fn whole<S: AgentSection>(settings: &Settings<S>) -> Map<String, Json> {
     let mut root = object(serde_json::to_value(&settings.common).unwrap_or_default());
     let own = object(serde_json::to_value(&settings.agent).unwrap_or_default());
     root.insert(S::AGENT.to_owned(), Json::Object(own));
-    let mut out = format!("# Settings of the {} agent, with the source of each.\n", S::AGENT);
-    table(&mut out, &root, "", origins);
-    out
+    root
 }
 
 fn object(value: Json) -> Map<String, Json> {
@@ -27,7 +34,13 @@ fn object(value: Json) -> Map<String, Json> {
     }
 }
 
-fn table(out: &mut String, from: &Map<String, Json>, prefix: &str, origins: &Origins) {
+fn table(
+    out: &mut String,
+    from: &Map<String, Json>,
+    defaults: &Map<String, Json>,
+    prefix: &str,
+    origins: &Origins,
+) {
     for (name, value) in from.iter().filter(|(_, value)| !value.is_object()) {
         let full = join(prefix, name);
         let setting = match render(value, redact::is_secret_key(name)) {
@@ -38,7 +51,11 @@ fn table(out: &mut String, from: &Map<String, Json>, prefix: &str, origins: &Ori
             // The column helps in an error, not here.
             Some(Origin::File { path, line, .. }) => format!("{}:{line}", path.display()),
             Some(origin) => origin.to_string(),
-            None => Origin::Default.to_string(),
+            None if defaults.get(name).is_none_or(|default| default == value) => {
+                Origin::Default.to_string()
+            }
+            // Some settings have a second name, such as that of oslo.messaging.
+            None => "set under another name".to_owned(),
         };
         let _ = writeln!(out, "{setting:COMMENT_COLUMN$} # {origin}");
     }
@@ -46,7 +63,8 @@ fn table(out: &mut String, from: &Map<String, Json>, prefix: &str, origins: &Ori
         if let Json::Object(inner) = value {
             let full = join(prefix, &key(name));
             let _ = writeln!(out, "\n[{full}]");
-            table(out, inner, &join(prefix, name), origins);
+            let defaults = object(defaults.get(name).cloned().unwrap_or_default());
+            table(out, inner, &defaults, &join(prefix, name), origins);
         }
     }
 }

@@ -110,18 +110,25 @@ impl Problems {
     }
 }
 
+/// Most names listed where none is near.
+const MOST_NAMES: usize = 20;
+
 /// A suffix that suggests the one of `known` that is nearest to `name`, or lists them if they are
-/// few.
+/// few. A name without its unit or other ending is near to the whole one.
 pub(super) fn suggestion<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     let known: BTreeSet<&str> = known.into_iter().collect();
-    let near = known
-        .iter()
-        .map(|&candidate| (strsim::damerau_levenshtein(name, candidate), candidate))
-        .filter(|&(distance, candidate)| distance <= 1 + candidate.len().min(name.len()) / 4)
-        .min();
+    let distance = |candidate: &str| {
+        let begins = name.len() >= 3 && candidate.starts_with(name);
+        let distance = if begins { 1 } else { strsim::damerau_levenshtein(name, candidate) };
+        (distance <= 1 + candidate.len().min(name.len()) / 4).then_some(distance)
+    };
+    let near = known.iter().filter_map(|candidate| Some((distance(candidate)?, candidate))).min();
     match near {
         Some((_distance, nearest)) => format!("; did you mean `{nearest}`?"),
         None if known.is_empty() => String::new(),
+        None if known.len() > MOST_NAMES => {
+            format!("; none of the {} known ones is like it", known.len())
+        }
         None => {
             let list: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
             format!("; known here: {}", list.join(", "))

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stackhand_bus::amqp::{AmqpOptions, AmqpUrl};
 
 use super::{Problems, redact};
 
@@ -51,8 +52,9 @@ pub struct BusSettings {
     /// Broker to connect to, such as `rabbit://user:password@broker1:5672,broker2:5672/`.
     /// Default: none; the agent then listens on its local socket alone.
     pub url: Option<BusUrl>,
-    /// Options of the AMQP transport, handed to it as they are. Default: none.
-    pub amqp: toml::Table,
+    /// Options of the AMQP transport, under our names or those of oslo.messaging; the query of
+    /// the URL wins over them.
+    pub amqp: AmqpOptions,
     /// Most requests handled at once, 1 to 1024. Default: 16.
     pub concurrency: u32,
     /// Seconds that an outgoing call may take, 1 to 3600. Default: 60.
@@ -183,6 +185,7 @@ impl CommonSettings {
         problems.absolute("state_dir", &self.state_dir);
         problems.absolute("run_dir", &self.run_dir);
         problems.absolute("signing.trusted_controllers", &self.signing.trusted_controllers);
+        self.bus.check(problems);
         problems.range("bus.concurrency", self.bus.concurrency, 1..=1024);
         problems.range("bus.call_timeout_seconds", self.bus.call_timeout_seconds, 1..=3600);
         problems.range("signing.window_seconds", self.signing.window_seconds, 1..=3600);
@@ -232,6 +235,22 @@ fn kernel_host_name() -> String {
 }
 
 impl BusSettings {
+    /// Reports what the transport would refuse.
+    fn check(&self, problems: &mut Problems) {
+        if let Err(error) = self.amqp.validate() {
+            problems.add("bus.amqp", format!("cannot be used: {error}"));
+        }
+        let Some(url) = &self.url else { return };
+        let merged = url
+            .expose()
+            .parse::<AmqpUrl>()
+            .and_then(|url| self.amqp.with_query(&url.query))
+            .and_then(|options| options.validate());
+        if let Err(error) = merged {
+            problems.add("bus.url", format!("cannot be used: {error}"));
+        }
+    }
+
     /// How long an outgoing call may take.
     #[must_use]
     pub fn call_timeout(&self) -> Duration {
@@ -291,7 +310,7 @@ impl ShutdownSettings {
 
 impl Default for BusSettings {
     fn default() -> Self {
-        Self { url: None, amqp: toml::Table::new(), concurrency: 16, call_timeout_seconds: 60 }
+        Self { url: None, amqp: AmqpOptions::default(), concurrency: 16, call_timeout_seconds: 60 }
     }
 }
 

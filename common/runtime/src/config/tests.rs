@@ -260,12 +260,34 @@ default: `network.local_ip` must be set when `network.mode` is \"gre\"";
 }
 
 #[test]
+fn what_the_transport_would_refuse_is_told_before_it_starts() {
+    let etc = Etc::new().file(
+        "stackhand.toml",
+        "[bus]\nurl = 'rabbit://u:hunter2@h/v?prefetch=many'\n[bus.amqp]\nsend_timeout_seconds = -1\nconnect_timeout = 3\nxyzzy = 1\n",
+    );
+    let errors = etc.errors();
+    for (n, expected) in [
+        "ETC/stackhand.toml:5:1: unknown key `bus.amqp.connect_timeout`; did you mean `connect_timeout_seconds`?",
+        "ETC/stackhand.toml:6:1: unknown key `bus.amqp.xyzzy`; none of the ",
+        "ETC/stackhand.toml:3:1: `bus.amqp` cannot be used: ",
+        "ETC/stackhand.toml:2:7: `bus.url` cannot be used: ",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let line = errors.lines().nth(n).unwrap_or_default();
+        assert!(line.starts_with(expected), "{errors}");
+    }
+    assert!(!errors.contains("hunter2"), "{errors}");
+}
+
+#[test]
 fn variables_become_what_the_setting_is() {
     let loaded = Etc::new()
         .file("stackhand.toml", "[bus]\nurl = 'rabbit://h'\n[http]\nlisten = 'unix:/x'\n")
         .var("STACKHAND_HOST", "123")
         .var("STACKHAND_BUS__URL", "")
-        .var("STACKHAND_BUS__AMQP__QUORUM", "true")
+        .var("STACKHAND_BUS__AMQP__QUORUM_QUEUES", "true")
         .var("STACKHAND_NETWORK__LOCAL_IP", "192.0.2.1")
         .var("STACKHAND_NETWORK__MODE", "gre")
         .var("STACKHAND_NETWORK__SERVERS", "['a', 'b']")
@@ -278,7 +300,7 @@ fn variables_become_what_the_setting_is() {
     let Settings { common, agent } = &loaded.settings;
     assert_eq!(common.host, "123");
     assert_eq!(common.bus.url, None, "an empty variable unsets");
-    assert_eq!(common.bus.amqp["quorum"].as_bool(), Some(true));
+    assert!(common.bus.amqp.quorum_queues);
     assert_eq!(common.http.listen, Some(Listen::Unix("/x".into())));
     assert_eq!(agent.local_ip, Some([192, 0, 2, 1].into()));
     assert_eq!((agent.mode, agent.ratio), (Mode::Gre, 2.5));
@@ -298,6 +320,14 @@ fn a_stray_variable_is_a_warning_and_a_typo_below_a_section_an_error() {
     let expected = "\
 environment STACKHAND_BUS__ULR: unknown key `bus.ulr`; did you mean `url`?
 environment STACKHAND_BUSS__URL: unknown key or section `buss`; did you mean `bus`?";
+    assert_eq!(etc.errors(), expected);
+}
+
+#[test]
+fn an_unknown_key_that_resembles_none_lists_the_known_ones() {
+    let etc = Etc::new().file("stackhand.toml", "[heartbeat]\nfrequency = 1\n");
+    let expected = "ETC/stackhand.toml:2:1: unknown key `heartbeat.frequency`; \
+                    known here: `interval_seconds`, `register_interval_seconds`";
     assert_eq!(etc.errors(), expected);
 }
 
@@ -325,12 +355,23 @@ fn printed_settings_tell_every_source_and_no_secret() {
         .file(
             "stackhand.toml",
             "host = 'compute1'\n[bus]\nurl = 'rabbit://u:hunter2@h1,w:hunter2@h2/v'\n\
-             [bus.amqp]\nssl_password = 'hunter2'\nheartbeat = 60\n",
+             [bus.amqp]\nprefetch = 7\nheartbeat_timeout_threshold = 20\n",
         )
         .file("network.d/10-mtu.toml", "[network]\nmtu = 9000\nchap_password = 'hunter2'\n")
         .var("STACKHAND_LOG__LEVEL", "debug");
     let loaded = etc.load();
     let printed = etc.plain(&loaded.print());
+    // The transport's options are many, and not ours.
+    let (before, amqp) = printed.split_once("\n[bus.amqp]\n").unwrap();
+    let (amqp, after) = amqp.split_once("\n\n").unwrap();
+    let set: Vec<&str> = amqp.lines().filter(|line| !line.ends_with("# default")).collect();
+    assert_eq!(
+        set,
+        [
+            "heartbeat_seconds = 20                       # set under another name",
+            "prefetch = 7                                 # ETC/stackhand.toml:5",
+        ]
+    );
     let expected = r#"# Settings of the network agent, with the source of each.
 cloud = "default"                            # default
 host = "compute1"                            # ETC/stackhand.toml:1
@@ -342,10 +383,6 @@ zone = "nova"                                # default
 call_timeout_seconds = 60                    # default
 concurrency = 16                             # default
 url = "rabbit://u:***@h1,w:***@h2/v"         # ETC/stackhand.toml:3
-
-[bus.amqp]
-heartbeat = 60                               # ETC/stackhand.toml:6
-ssl_password = "***"                         # ETC/stackhand.toml:5
 
 [heartbeat]
 interval_seconds = 10                        # default
@@ -381,7 +418,7 @@ required = true                              # default
 trusted_controllers = "ETC/trusted_controllers" # default
 window_seconds = 60                          # default
 "#;
-    assert_eq!(printed, expected);
+    assert_eq!(format!("{before}\n{after}"), expected);
     assert!(!format!("{:?}", loaded.settings.agent).contains("hunter2"));
     assert!(!format!("{:?}", loaded.settings.common.bus.url).contains("hunter2"));
 }

@@ -89,6 +89,19 @@ async fn a_head_beyond_the_bounds_is_refused() {
     assert!(ask(&running, "/healthz").await.starts_with("HTTP/1.1 200"));
 }
 
+/// The clock jumps ahead while everybody waits.
+#[tokio::test(start_paused = true)]
+async fn a_head_that_never_ends_is_cut_off_in_time() {
+    let running = start().await;
+    let mut stream = TcpStream::connect(running.address).await.unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
+    let start = tokio::time::Instant::now();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    assert!(start.elapsed() >= HEAD_LIMIT);
+    assert!(start.elapsed() < HEAD_LIMIT * 2, "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn silent_connections_do_not_lock_others_out_for_longer_than_their_limit() {
     let running = start().await;
@@ -97,13 +110,15 @@ async fn silent_connections_do_not_lock_others_out_for_longer_than_their_limit()
         silent.push(TcpStream::connect(running.address).await.unwrap());
     }
     // All places are taken; one that ends makes room at once.
-    let waiting = tokio::spawn({
+    let mut waiting = tokio::spawn({
         let address = running.address;
         async move {
             let stream = TcpStream::connect(address).await.unwrap();
             exchange(stream, b"GET /healthz HTTP/1.0\r\n\r\n").await
         }
     });
+    let early = tokio::time::timeout(Duration::from_millis(100), &mut waiting).await;
+    assert!(early.is_err(), "served beyond the bound: {early:?}");
     silent.pop();
     let answer = tokio::time::timeout(Duration::from_secs(5), waiting).await;
     assert!(answer.expect("locked out").unwrap().starts_with("HTTP/1.0 200"));

@@ -11,11 +11,13 @@ fn a_scrape_tells_what_was_counted_and_about_the_process() {
     let metrics = Metrics::new("network", "1.2.3");
     metrics.reconcile_passes.inc();
     metrics.reconcile_writes.inc_by(7);
-    metrics.reconcile_failures.get_or_create(&[("kind", "Port".into())]).inc();
+    metrics.count_failure("Port");
+    metrics.count_refusal("replayed");
     metrics.ledger_documents.set(42);
     let text = metrics.encode().unwrap();
     assert!(text.contains(r#"stackhand_build_info{agent="network",version="1.2.3"} 1"#), "{text}");
     assert!(text.contains(r#"stackhand_reconcile_failures_total{kind="Port"} 1"#), "{text}");
+    assert!(text.contains(r#"stackhand_refused_commands_total{reason="replayed"} 1"#), "{text}");
     assert!((value(&text, "stackhand_reconcile_writes_total") - 7.0).abs() < 0.1);
     assert!((value(&text, "stackhand_ledger_documents") - 42.0).abs() < 0.1);
     assert!(value(&text, "stackhand_process_resident_memory_bytes") > 1e6);
