@@ -3,6 +3,8 @@
 //! Every key stands in them as a comment, `#key = value`. The value is the default, unless the words above
 //! it end with `Example:`.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests may fail as a test does")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -3,6 +3,8 @@
 //! The checks are scripts, so that a packager can run them without a compiler. Both need the package
 //! systemd, though not as the running init; a host without it fails these tests.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests may fail as a test does")]
+
 use std::path::Path;
 use std::time::Duration;
 
