@@ -1,4 +1,5 @@
 //! Documents for tests.
+#![expect(clippy::needless_pass_by_value, reason = "callers write json!(…) in place")]
 
 use std::sync::Arc;
 

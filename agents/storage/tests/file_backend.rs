@@ -1,0 +1,179 @@
+//! The file backend on real file systems: XFS and btrfs, which clone, and ext4, which does not.
+//! Needs root, loop devices, the mkfs programs and QEMU's tools.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use stackhand_model::{SnapshotId, VolumeId};
+use stackhand_storage::backend::file::FileBackend;
+use stackhand_storage::backend::{Backend, BackendError, Item, Presence, Progress, Usage};
+use stackhand_testkit::{Spawned, wait_for_sync};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+/// A file system in a file, unmounted when dropped.
+struct Mounted {
+    root: TempDir,
+}
+
+impl Mounted {
+    fn new(make: &str, size: u64) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let image = root.path().join("image");
+        fs::File::create(&image).unwrap().set_len(size).unwrap();
+        fs::create_dir(root.path().join("mnt")).unwrap();
+        let quiet: &[&str] = if make == "mkfs.ext4" { &["-q", "-F"] } else { &["-q"] };
+        run(make, quiet.iter().copied().chain([image.to_str().unwrap()]));
+        let mount = root.path().join("mnt");
+        run("mount", ["-o", "loop", image.to_str().unwrap(), mount.to_str().unwrap()]);
+        Self { root }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.root.path().join("mnt")
+    }
+
+    fn backend(&self) -> FileBackend {
+        FileBackend::new("test", &self.path(), self.root.path(), false)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run("umount", [self.path().to_str().unwrap()]);
+    }
+}
+
+/// Runs a program to its end.
+fn run<'a>(program: &str, args: impl IntoIterator<Item = &'a str>) {
+    #[expect(clippy::disallowed_methods, reason = "set-up of a test, ended by its own time limit")]
+    let output = std::process::Command::new(program)
+        .args(args)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {program}, is it installed? {error}"));
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn vol(id: u128) -> Item {
+    Item::Volume(VolumeId(Uuid::from_u128(id)))
+}
+
+fn snap(id: u128) -> Item {
+    Item::Snapshot(SnapshotId(Uuid::from_u128(id)))
+}
+
+fn write(folder: &Path, item: Item, bytes: &[u8], offset: u64) {
+    let file = fs::OpenOptions::new().write(true).open(folder.join(item.to_string())).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+    file.sync_all().unwrap();
+}
+
+fn read(folder: &Path, item: Item, length: usize) -> Vec<u8> {
+    let file = fs::File::open(folder.join(item.to_string())).unwrap();
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// Snapshot, overwrite, clone back: every item keeps what it had.
+fn clones_share_blocks_and_nothing_else(make: &str) {
+    let mounted = Mounted::new(make, 512 * MIB);
+    let (backend, folder) = (mounted.backend(), mounted.path());
+    assert!(backend.observe().unwrap().instant_copies, "{make} clones");
+    backend.create(vol(1), 200 * MIB).unwrap();
+    write(&folder, vol(1), &vec![1; 150 << 20], 0);
+
+    let begin = Instant::now();
+    backend.clone_item(snap(2), vol(1), 200 * MIB).unwrap();
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(2), "a clone copies nothing, and took {took:?}");
+    write(&folder, vol(1), &[9; 4096], 0);
+    backend.clone_item(vol(3), snap(2), 300 * MIB).unwrap();
+    write(&folder, vol(3), &[7; 4096], 0);
+
+    assert_eq!(read(&folder, vol(1), 4096), [9; 4096]);
+    assert_eq!(read(&folder, snap(2), 4096), [1; 4096]);
+    assert_eq!(read(&folder, vol(3), 4096), [7; 4096]);
+    let observed = backend.observe().unwrap();
+    assert_eq!(observed.items[&vol(3)].bytes, 300 * MIB);
+    assert!(observed.items.values().all(|seen| seen.shared && seen.presence == Presence::Ready));
+    // Three times 150 MiB would not have fitted.
+    assert!(observed.free_bytes > 100 * MIB, "{observed:?}");
+    for item in [vol(1), snap(2), vol(3)] {
+        backend.delete(item).unwrap();
+    }
+    assert!(backend.observe().unwrap().items.is_empty());
+}
+
+#[test]
+fn clones_on_xfs_share_blocks_and_nothing_else() {
+    clones_share_blocks_and_nothing_else("mkfs.xfs");
+}
+
+#[test]
+fn clones_on_btrfs_share_blocks_and_nothing_else() {
+    clones_share_blocks_and_nothing_else("mkfs.btrfs");
+}
+
+#[test]
+fn ext4_says_that_it_cannot_clone_and_a_full_disk_leaves_nothing_behind() {
+    let mounted = Mounted::new("mkfs.ext4", 64 * MIB);
+    let (backend, folder) = (mounted.backend(), mounted.path());
+    assert!(!backend.observe().unwrap().instant_copies);
+    backend.create(vol(1), 60 * MIB).unwrap();
+    write(&folder, vol(1), &vec![1; 40 << 20], 0);
+
+    let path = folder.join(vol(1).to_string());
+    let error = backend.copy(vol(2), &path, 60 * MIB, &Progress::default()).unwrap_err();
+    let BackendError::Io { source, .. } = &error else { panic!("{error}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+    let observed = backend.observe().unwrap();
+    assert_eq!(observed.items.keys().collect::<Vec<_>>(), [&vol(1)]);
+    assert!(observed.leftovers.is_empty(), "{observed:?}");
+    assert!(observed.free_bytes > 8 * MIB, "what was copied is freed: {observed:?}");
+}
+
+#[test]
+fn what_a_running_qemu_has_open_is_seen_and_kept() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("volumes");
+    let backend = FileBackend::new("default", &folder, root.path(), true);
+    backend.create(vol(1), MIB).unwrap();
+    let path = folder.join(vol(1).to_string());
+    let socket = root.path().join("nbd");
+    let serve = |more: &[&'static str]| {
+        let mut args = vec!["--format=raw", "--persistent", "--socket", socket.to_str().unwrap()];
+        args.extend(more);
+        args.push(path.to_str().unwrap());
+        let mut server = Spawned::start("/usr/bin/qemu-nbd", args);
+        wait_for_sync(Duration::from_secs(20), "qemu-nbd to listen", || {
+            assert!(server.is_running(), "{server:?}");
+            socket.exists().then_some(())
+        });
+        server
+    };
+    let usage = || backend.observe().unwrap().items[&vol(1)].usage;
+    assert_eq!(usage(), Usage::Free);
+
+    let server = serve(&[]);
+    assert_eq!(usage(), Usage::Written);
+    let error = backend.delete(vol(1)).unwrap_err();
+    assert!(matches!(error, BackendError::InUse { .. }), "{error}");
+    let error = backend.copy(vol(2), &path, MIB, &Progress::default()).unwrap_err();
+    assert!(matches!(error, BackendError::InUse { .. }), "{error}");
+    drop(server);
+    let _gone = fs::remove_file(&socket);
+
+    let reader = serve(&["--read-only"]);
+    assert_eq!(usage(), Usage::Read);
+    backend.copy(vol(2), &path, MIB, &Progress::default()).unwrap();
+    backend.delete(vol(1)).unwrap_err();
+    drop(reader);
+    assert_eq!(usage(), Usage::Free);
+    backend.delete(vol(1)).unwrap();
+}
