@@ -148,6 +148,12 @@ impl Shutdown {
         self.shared.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Longest time from the request to the end, for the service manager.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.shared.limit + CLOSE_LIMIT
+    }
+
     /// Cancelled when no new work is to be taken.
     #[must_use]
     pub fn stopping(&self) -> CancellationToken {

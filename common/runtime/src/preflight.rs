@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, oneshot};
 
 use crate::config::{AgentSection, Loaded};
 
@@ -79,18 +80,32 @@ impl Check {
         Self { name: name.into(), limit: CHECK_LIMIT, look: Arc::new(move || Box::pin(look())) }
     }
 
-    /// A check whose `look` blocks, on files or system calls; it runs on a thread for such work.
+    /// A check whose `look` blocks, on files or system calls.
+    ///
+    /// It runs on a thread of its own rather than on the runtime's: one that hangs in the kernel
+    /// must not keep the process from ending. A later run waits for it instead of adding to it.
     pub fn blocking<L>(name: &str, look: L) -> Self
     where
         L: Fn() -> Vec<Finding> + Send + Sync + 'static,
     {
         let look = Arc::new(look);
+        let one_at_a_time = Arc::new(Mutex::new(()));
+        let own_name = name.to_owned();
         Self::new(name, move || {
-            let look = Arc::clone(&look);
+            let (look, name) = (Arc::clone(&look), own_name.clone());
+            let turn = Arc::clone(&one_at_a_time).lock_owned();
             async move {
-                match tokio::task::spawn_blocking(move || look()).await {
-                    Ok(findings) => findings,
-                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                let turn = turn.await;
+                let (answer, findings) = oneshot::channel();
+                let work = move || {
+                    let _turn = turn;
+                    // Nobody waits any more when it took too long.
+                    let _ = answer.send(look());
+                };
+                let thread = std::thread::Builder::new().name("preflight".into());
+                match thread.spawn(work) {
+                    Ok(_detached) => findings.await.unwrap_or_else(|_| vec![crashed(&name)]),
+                    Err(_no_thread) => vec![crashed(&name)],
                 }
             }
         })
@@ -113,11 +128,7 @@ impl Check {
         let mut task = tokio::spawn((self.look)());
         match tokio::time::timeout(self.limit, &mut task).await {
             Ok(Ok(findings)) => findings,
-            Ok(Err(_panicked)) => vec![Finding::failure(
-                &self.name,
-                "the check itself crashed",
-                "report this with the agent's log",
-            )],
+            Ok(Err(_panicked)) => vec![crashed(&self.name)],
             Err(_elapsed) => {
                 task.abort();
                 vec![Finding::failure(
@@ -128,6 +139,10 @@ impl Check {
             }
         }
     }
+}
+
+fn crashed(name: &str) -> Finding {
+    Finding::failure(name, "the check itself crashed", "report this with the agent's log")
 }
 
 impl fmt::Debug for Check {

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use stackhand_bus::BusError;
 use stackhand_bus::amqp::{AmqpOptions, AmqpUrl};
 
 use super::{Problems, redact};
@@ -241,11 +242,13 @@ impl BusSettings {
             problems.add("bus.amqp", format!("cannot be used: {error}"));
         }
         let Some(url) = &self.url else { return };
+        let text = |error: BusError| error.to_string();
         let merged = url
             .expose()
             .parse::<AmqpUrl>()
-            .and_then(|url| self.amqp.with_query(&url.query))
-            .and_then(|options| options.validate());
+            .map_err(text)
+            .and_then(|url| self.amqp.with_query(&url.query).map_err(text))
+            .and_then(|options| options.validate().map_err(text));
         if let Err(error) = merged {
             problems.add("bus.url", format!("cannot be used: {error}"));
         }

@@ -52,6 +52,30 @@ async fn a_check_that_hangs_or_crashes_is_a_failure_and_the_others_go_on() {
     }
 }
 
+#[tokio::test]
+async fn a_check_that_hangs_in_the_kernel_takes_one_thread_however_often_it_is_run() {
+    let (started, starts) = std::sync::mpsc::channel();
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    let gate = std::sync::Mutex::new(gate);
+    let check = Check::blocking("hangs", move || {
+        started.send(()).unwrap();
+        let _ended = gate.lock().unwrap().recv();
+        vec![Finding::pass("hangs", "over")]
+    });
+    let checks = [check.with_limit(Duration::from_millis(20))];
+    for _ in 0..3 {
+        assert!(!run(&checks).await.is_fit());
+    }
+    assert_eq!(starts.try_iter().count(), 1);
+    // It comes back: the next look is a new one.
+    drop(go);
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while !run(&checks).await.is_fit() {
+        assert!(std::time::Instant::now() < deadline, "did not recover");
+    }
+    assert!(starts.try_iter().count() >= 1);
+}
+
 #[test]
 fn a_report_reads_as_lines_with_remedies_and_travels_as_json() {
     let report = Report {
