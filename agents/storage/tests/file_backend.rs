@@ -1,6 +1,7 @@
 //! The file backend on real file systems: XFS and btrfs, which clone, and ext4, which does not.
 //! Needs root, loop devices, the mkfs programs and QEMU's tools.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
