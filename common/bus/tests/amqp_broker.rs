@@ -152,12 +152,13 @@ async fn failures_travel_with_their_class(url: &str) {
 async fn a_call_that_gets_no_answer_times_out(url: &str) {
     let server = serve(url, &AmqpOptions::default(), "t-slow", 4).await;
     let client = transport(url, &AmqpOptions::default());
-    let limits = CallLimits::total(Duration::from_millis(400));
+    call(&client, "t-slow", "echo", json!({})).await.unwrap();
+    let limits = CallLimits::total(Duration::from_millis(1500));
     let to = target("t-slow");
     let begun = Instant::now();
-    let outcome = client.call(&to, Request::new("sleep", json!({"ms": 1500})), limits).await;
-    assert!(matches!(outcome, Err(BusError::Timeout { seconds: 1, .. })), "{outcome:?}");
-    assert!(begun.elapsed() < Duration::from_millis(1200));
+    let outcome = client.call(&to, Request::new("sleep", json!({"ms": 4000})), limits).await;
+    assert!(matches!(outcome, Err(BusError::Timeout { seconds: 2, .. })), "{outcome:?}");
+    assert!(begun.elapsed() < Duration::from_millis(3500));
     eventually("the late answer", LIMIT, || client.counters().unknown_replies == 1).await;
     assert_eq!(client.counters().timeouts, 1);
     drop(server);
@@ -477,7 +478,9 @@ async fn queues_of_another_kind_are_refused_with_the_remedy(url: &str) {
     let other = transport(url, &quorum);
     up(&other, LIMIT).await;
     let refused = other.serve(service("t-kind", 4), Arc::new(Worker::default())).await;
-    let Err(BusError::Refused { reason, .. }) = refused else { panic!("{refused:?}") };
+    let Err(BusError::Refused { reason, .. }) = refused else {
+        panic!("{refused:?}, {:?}", other.link().borrow())
+    };
     assert!(reason.contains("queue t-kind") && reason.contains("delete_queue"), "{reason}");
     // The refusal concerns that service alone.
     let client = transport(url, &AmqpOptions::default());

@@ -187,7 +187,7 @@ pub(super) async fn call(
         BusError::Timeout {
             target: target.to_string(),
             method: request.method.clone(),
-            seconds: passed.as_secs_f64().ceil() as u64,
+            seconds: passed.as_secs() + u64::from(passed.subsec_millis() > 0),
         }
     };
 

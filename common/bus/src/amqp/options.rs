@@ -291,7 +291,7 @@ mod tests {
             AmqpOptions { ha_queues: true, quorum_queues: true, ..defaults.clone() },
             AmqpOptions { tls_cert_file: Some("c".into()), ..defaults.clone() },
             AmqpOptions { retry_interval_seconds: -1.0, ..defaults.clone() },
-            AmqpOptions { send_timeout_seconds: f64::NAN, ..defaults.clone() },
+            AmqpOptions { send_timeout_seconds: f64::NAN, ..defaults },
         ] {
             assert!(matches!(wrong.validate(), Err(BusError::Config(_))), "{wrong:?}");
         }

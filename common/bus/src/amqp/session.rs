@@ -142,6 +142,8 @@ impl Session {
             tokio::select! {
                 () = self.over() => return,
                 event = events.next() => match event {
+                    // Soft errors concern one channel, and whoever uses it hears of them.
+                    Some(Event::Error(error)) if error.is_amqp_soft_error() => {}
                     Some(Event::Error(error)) => self.end(error.to_string()),
                     Some(Event::ConnectionBlocked(reason)) => {
                         tracing::warn!(peer = %self.peer, reason, "broker holds our messages back");
@@ -219,14 +221,14 @@ impl Session {
         settle(declarer, declared)
     }
 
-    /// Declares and binds a queue. Returns how many messages it holds.
-    pub(super) async fn declare_queue(&self, queue: &Queue) -> Result<u32, DeclareError> {
+    /// Declares and binds a queue.
+    pub(super) async fn declare_queue(&self, queue: &Queue) -> Result<(), DeclareError> {
         if let Some((exchange, _)) = &queue.binding {
             self.declare_exchange(exchange).await?;
         }
         let mut declarer = self.declarer.lock().await;
         let what = format!("queue {}", queue.name);
-        let count = match self.try_queue(&mut declarer, queue, false).await {
+        match self.try_queue(&mut declarer, queue, false).await {
             // Quorum queues and streams promise something; the others can be taken as found.
             Err(error)
                 if inequivalent(&error, "durable")
@@ -261,7 +263,7 @@ impl Session {
             };
             bind.await.map_err(|error| self.refused(&what, &error))?;
         }
-        Ok(count)
+        Ok(())
     }
 
     /// As [`declare_queue`](Self::declare_queue), once per session.
@@ -284,7 +286,7 @@ impl Session {
         declarer: &mut Option<Channel>,
         queue: &Queue,
         passive: bool,
-    ) -> lapin::Result<u32> {
+    ) -> lapin::Result<()> {
         let name = short(&queue.name)?;
         let options = QueueDeclareOptions {
             passive,
@@ -295,7 +297,7 @@ impl Session {
         };
         let channel = self.declaring(declarer).await?;
         let declared = channel.queue_declare(name, options, queue.arguments.clone()).await;
-        settle(declarer, declared).map(|queue| queue.message_count())
+        settle(declarer, declared).map(drop)
     }
 
     /// Deletes a queue; one that is not there is as good.

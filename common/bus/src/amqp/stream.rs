@@ -1,4 +1,9 @@
 //! Streams: RabbitMQ's append-only queues, over plain AMQP.
+//!
+//! AMQP tells nobody where a stream ends: the broker's message count is seconds old, and a
+//! consumer that hears nothing cannot know whether there is nothing. So a reader that is to
+//! stop at the end appends a *mark* first and stops when it reads it. Marks are a few bytes,
+//! belong to their reader, and are skipped by everybody else.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +22,7 @@ use crate::amqp::client::{Needs, send};
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, Session, short};
-use crate::amqp::topology::{interval, stream_queue, text};
+use crate::amqp::topology::{interval, new_id, stream_queue, text};
 use crate::{BusError, ReadFrom, Record, Stream, wire};
 
 /// Records delivered ahead of their acknowledgement. Streams insist on a bound.
@@ -27,11 +32,10 @@ const PREFETCH: u16 = 512;
 const ACK_EVERY: u64 = 128;
 
 /// A broker that holds a record delivers it well within this time.
-const SILENCE: Duration = Duration::from_secs(2);
+const SILENCE: Duration = Duration::from_secs(10);
 
-/// How long the first record may take where there may be none: a stream that is not empty but
-/// has nothing young enough.
-const FIRST: Duration = Duration::from_millis(700);
+/// How a mark begins; its id and the end of the object follow.
+const MARK: &str = r#"{"stackhand.mark":""#;
 
 /// Appends a record. See [`crate::Transport::publish`].
 pub(super) async fn publish(
@@ -39,14 +43,18 @@ pub(super) async fn publish(
     stream: &Stream,
     body: &Value,
 ) -> Result<(), BusError> {
-    let queue = stream_queue(stream);
     let body = body.to_string().into_bytes();
     if body.len() > wire::MAX_BODY {
         let what = format!("a record of {} bytes is more than {}", body.len(), wire::MAX_BODY);
         return Err(BusError::Malformed(what));
     }
+    append(shared, stream, &body).await
+}
+
+async fn append(shared: &Shared, stream: &Stream, body: &[u8]) -> Result<(), BusError> {
+    let queue = stream_queue(stream);
     let message =
-        Outgoing { exchange: "", key: &queue.name, body: &body, expiration: None, mandatory: true };
+        Outgoing { exchange: "", key: &queue.name, body, expiration: None, mandatory: true };
     send(shared, Needs::Queue(&queue), &message).await
 }
 
@@ -77,47 +85,32 @@ pub(super) async fn read(
     from: ReadFrom,
     follow: bool,
 ) -> Result<BoxStream<'static, Result<Record, BusError>>, BusError> {
-    let limit = seconds(shared.options.send_timeout_seconds);
-    let session = shared.session(Instant::now() + limit).await?;
-    let queue = stream_queue(stream);
-    let held = session.declare_queue(&queue).await;
-    let held = held.map_err(|error| error.into_bus_error(&session.peer))?;
-    if !follow && (held == 0 || from == ReadFrom::Next) {
+    if !follow && from == ReadFrom::Next {
         return Ok(futures_util::stream::empty().boxed());
     }
-    let broke = |error: DeclareError| error.into_bus_error(&session.peer);
-    let last = if follow {
+    let mark = if follow {
         None
     } else {
-        let Some(first) = first_offset(&session, stream).await.map_err(broke)? else {
-            return Ok(futures_util::stream::empty().boxed());
-        };
-        Some(first + u64::from(held) - 1)
+        let mark = format!("{MARK}{}\"}}", new_id());
+        append(shared, stream, mark.as_bytes()).await?;
+        Some(mark)
     };
     // Subscribed before we return, so that a reader of what comes next misses nothing.
+    let limit = seconds(shared.options.send_timeout_seconds);
+    let session = shared.session(Instant::now() + limit).await?;
+    let broke = |error: DeclareError| error.into_bus_error(&session.peer);
+    session.declare_queue_once(&stream_queue(stream)).await.map_err(broke)?;
     let start = Start::From(from);
     let consumer = subscribe(&session, stream, start).await.map_err(broke)?;
 
     let (records, out) = mpsc::channel(256);
     let mut reader =
-        Reader { shared: Arc::clone(shared), stream: stream.clone(), start, last, records };
+        Reader { shared: Arc::clone(shared), stream: stream.clone(), start, mark, records };
     tokio::spawn(async move { reader.run(session, consumer).await });
     let out = futures_util::stream::unfold(out, |mut out| async {
         out.recv().await.map(|record| (record, out))
     });
     Ok(out.boxed())
-}
-
-/// The offset of the oldest record; `None` if there is none after all.
-async fn first_offset(session: &Session, stream: &Stream) -> Result<Option<u64>, DeclareError> {
-    let (_channel, mut consumer) = subscribe(session, stream, Start::From(ReadFrom::First)).await?;
-    let first = tokio::time::timeout(SILENCE, consumer.next()).await;
-    match first {
-        Ok(Some(Ok(delivery))) => Ok(offset_of(&delivery)),
-        Ok(Some(Err(error))) => Err(session.lost(&error)),
-        Ok(None) => Err(DeclareError::LinkLost),
-        Err(_) => Ok(None),
-    }
 }
 
 async fn subscribe(
@@ -153,8 +146,8 @@ struct Reader {
     shared: Arc<Shared>,
     stream: Stream,
     start: Start,
-    /// The last record to read; `None` follows.
-    last: Option<u64>,
+    /// Stop at this record; `None` follows.
+    mark: Option<String>,
     records: mpsc::Sender<Result<Record, BusError>>,
 }
 
@@ -211,12 +204,10 @@ impl Reader {
 
     async fn read_on(&mut self, session: &Session, mut consumer: Consumer) -> Stopped {
         let mut unacked = 0;
-        let mut patience =
-            if matches!(self.start, Start::From(ReadFrom::Age(_))) { FIRST } else { SILENCE };
         loop {
             let silence = async {
-                match self.last {
-                    Some(_) => tokio::time::sleep(patience).await,
+                match self.mark {
+                    Some(_) => tokio::time::sleep(SILENCE).await,
                     None => std::future::pending().await,
                 }
             };
@@ -225,42 +216,45 @@ impl Reader {
                 delivery = consumer.next() => delivery,
                 () = self.records.closed() => return Stopped::Done,
                 () = session.over() => return Stopped::LinkLost,
-                // What was counted is not there any more, or never was young enough.
-                () = silence => return Stopped::Done,
+                () = silence => {
+                    let reason = format!("stream {} went silent before its end", self.stream.name);
+                    let error = BusError::Unreachable { peer: session.peer.clone(), reason };
+                    let _ = self.records.send(Err(error)).await;
+                    return Stopped::Done;
+                }
             };
-            patience = SILENCE;
             let Some(Ok(delivery)) = delivery else {
                 session.end(format!("the broker cancelled a consumer of {}", self.stream.name));
                 return Stopped::LinkLost;
             };
-            let Some(offset) = offset_of(&delivery) else { continue };
-            // Chunks are delivered whole: the first may begin before where we asked.
-            if matches!(self.start, Start::Offset(start) if offset < start) {
-                continue;
-            }
             unacked += 1;
             if unacked >= ACK_EVERY {
                 unacked = 0;
                 // A lost ack ends the session, which shows above.
                 let _ = delivery.ack(BasicAckOptions { multiple: true }).await;
             }
-            if self.last.is_some_and(|last| offset > last) {
-                return Stopped::Done;
+            let Some(offset) = offset_of(&delivery) else { continue };
+            // Chunks are delivered whole: the first may begin before where we asked.
+            if matches!(self.start, Start::Offset(start) if offset < start) {
+                continue;
             }
             self.start = Start::Offset(offset + 1);
-            let record = match wire::open_record(&delivery.data) {
-                Ok(body) => Ok(Record { offset, body }),
+            if delivery.data.starts_with(MARK.as_bytes()) {
+                if self.mark.as_ref().is_some_and(|mark| mark.as_bytes() == delivery.data) {
+                    return Stopped::Done;
+                }
+                continue;
+            }
+            match wire::open_record(&delivery.data) {
+                Ok(body) => {
+                    if self.records.send(Ok(Record { offset, body })).await.is_err() {
+                        return Stopped::Done;
+                    }
+                }
                 Err(error) => {
                     self.shared.counts.malformed.add();
                     tracing::warn!(stream = self.stream.name, offset, %error, "record skipped");
-                    if self.last == Some(offset) {
-                        return Stopped::Done;
-                    }
-                    continue;
                 }
-            };
-            if self.records.send(record).await.is_err() || self.last == Some(offset) {
-                return Stopped::Done;
             }
         }
     }

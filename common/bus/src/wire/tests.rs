@@ -51,7 +51,7 @@ fn a_call_is_written_with_the_keys_python_expects() {
 fn a_failure_nests_three_levels_deep() {
     let mut failure = Failure::new("RouterNotFound", "Router 1b0c could not be found");
     failure.module = "neutron_lib.exceptions.l3".into();
-    let frame = ReplyFrame { msg_id: "m".into(), outcome: Err(failure.clone()), ending: true };
+    let frame = ReplyFrame { msg_id: "m".into(), outcome: Err(failure), ending: true };
     let body = encode_reply(&frame, "u");
 
     let outer: Value = serde_json::from_slice(&body).unwrap();

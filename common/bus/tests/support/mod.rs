@@ -15,11 +15,11 @@ use stackhand_bus::{
     Target, Transport, Version,
 };
 
-pub const EXCHANGE: &str = "stackhand";
+pub(crate) const EXCHANGE: &str = "stackhand";
 
 /// Answers a few methods, and remembers how often each effect was done.
 #[derive(Debug, Default)]
-pub struct Worker {
+pub(crate) struct Worker {
     effects: Mutex<BTreeMap<String, u32>>,
     casts: Mutex<Vec<Value>>,
     running: Mutex<(usize, usize)>,
@@ -27,20 +27,20 @@ pub struct Worker {
 
 impl Worker {
     /// How often the effect called `name` was done.
-    pub fn effects(&self, name: &str) -> u32 {
+    pub(crate) fn effects(&self, name: &str) -> u32 {
         self.effects.lock().unwrap().get(name).copied().unwrap_or(0)
     }
 
-    pub fn all_effects(&self) -> BTreeMap<String, u32> {
+    pub(crate) fn all_effects(&self) -> BTreeMap<String, u32> {
         self.effects.lock().unwrap().clone()
     }
 
-    pub fn casts(&self) -> Vec<Value> {
+    pub(crate) fn casts(&self) -> Vec<Value> {
         self.casts.lock().unwrap().clone()
     }
 
     /// The most requests that ran at once.
-    pub fn most_at_once(&self) -> usize {
+    pub(crate) fn most_at_once(&self) -> usize {
         self.running.lock().unwrap().1
     }
 
@@ -94,18 +94,23 @@ impl Handler for Worker {
     }
 }
 
-pub fn transport(url: &str, options: &AmqpOptions) -> AmqpTransport {
+pub(crate) fn transport(url: &str, options: &AmqpOptions) -> AmqpTransport {
     AmqpTransport::connect(url.parse().unwrap(), options).unwrap()
 }
 
 /// A server of `topic` with its worker, on a transport of its own.
-pub struct Serving {
-    pub transport: AmqpTransport,
-    pub worker: Arc<Worker>,
-    pub handle: ServerHandle,
+pub(crate) struct Serving {
+    pub(crate) transport: AmqpTransport,
+    pub(crate) worker: Arc<Worker>,
+    pub(crate) handle: ServerHandle,
 }
 
-pub async fn serve(url: &str, options: &AmqpOptions, topic: &str, concurrency: usize) -> Serving {
+pub(crate) async fn serve(
+    url: &str,
+    options: &AmqpOptions,
+    topic: &str,
+    concurrency: usize,
+) -> Serving {
     let transport = transport(url, options);
     up(&transport, Duration::from_secs(20)).await;
     let worker = Arc::new(Worker::default());
@@ -114,15 +119,15 @@ pub async fn serve(url: &str, options: &AmqpOptions, topic: &str, concurrency: u
     Serving { transport, worker, handle }
 }
 
-pub fn service(topic: &str, concurrency: usize) -> Service {
+pub(crate) fn service(topic: &str, concurrency: usize) -> Service {
     Service { exchange: EXCHANGE.into(), topic: topic.into(), server: "h1".into(), concurrency }
 }
 
-pub fn target(topic: &str) -> Target {
+pub(crate) fn target(topic: &str) -> Target {
     Target::topic(EXCHANGE, topic)
 }
 
-pub async fn call(
+pub(crate) async fn call(
     transport: &dyn Transport,
     topic: &str,
     method: &str,
@@ -133,12 +138,12 @@ pub async fn call(
 }
 
 /// Waits until the link is up, and returns its generation.
-pub async fn up(transport: &dyn Transport, limit: Duration) -> u64 {
+pub(crate) async fn up(transport: &dyn Transport, limit: Duration) -> u64 {
     up_after(transport, 0, limit).await
 }
 
 /// Waits until the link is up in a generation after `generation`.
-pub async fn up_after(transport: &dyn Transport, generation: u64, limit: Duration) -> u64 {
+pub(crate) async fn up_after(transport: &dyn Transport, generation: u64, limit: Duration) -> u64 {
     let mut link = transport.link();
     let seen = link
         .wait_for(|state| matches!(state, LinkState::Up { generation: now } if *now > generation));
@@ -152,7 +157,7 @@ pub async fn up_after(transport: &dyn Transport, generation: u64, limit: Duratio
 }
 
 /// Waits for a condition that no notification tells of.
-pub async fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + limit;
     while !condition() {
         assert!(Instant::now() < end, "gave up waiting: {what}");
@@ -161,7 +166,7 @@ pub async fn eventually(what: &str, limit: Duration, mut condition: impl FnMut()
 }
 
 /// Resident memory of this process, in KiB.
-pub fn resident_kib() -> u64 {
+pub(crate) fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
