@@ -14,7 +14,7 @@
 //! | `wait` | `refs`, `condition`, `timeout` | list of [`Settled`], or a `Timeout` failure |
 //! | `act` | `ref`, `action`, `params`? | by action |
 //! | `facts` | | object |
-//! | `preflight` | | object |
+//! | `preflight` | | [`Report`](crate::preflight::Report) |
 //! | `events` | `since`?, `limit`?, `wait_seconds`? | [`Since`](crate::events::Since) |
 //! | `report` | | [`Report`](crate::report::Report) |
 //! | `set_admin` | `enabled`, `reason`? | [`Control`] |

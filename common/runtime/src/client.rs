@@ -15,6 +15,7 @@ use crate::api::{
     self, Applied, Condition, Control, Deleted, Entry, Planned, Pong, Refused, Settled,
 };
 use crate::events::Since;
+use crate::preflight;
 use crate::report::Report;
 
 /// One agent, as callers see it.
@@ -184,7 +185,7 @@ impl AgentClient {
     /// # Errors
     ///
     /// [`ClientError`].
-    pub async fn preflight(&self) -> Answer<Value> {
+    pub async fn preflight(&self) -> Answer<preflight::Report> {
         self.ask("preflight", json!({}), self.limit).await
     }
 
