@@ -29,9 +29,14 @@ demo-down: ## End the demo and remove all it made
 	@scripts/demo down
 
 .PHONY: test
-test: setup lint ## Check and test everything, as CI does
+test: setup lint build ## Check and test everything, as CI does
 	$(stage) "doc tests" cargo test --locked --quiet --workspace --doc
 	$(stage) tests cargo nextest run --locked --workspace --profile ci
+
+# Tests start the programs that stand beside them, and build none.
+.PHONY: build
+build: ## Build the programs and tests, unoptimised
+	$(stage) build cargo build --locked --workspace --all-targets
 
 .PHONY: test-fast
 test-fast: ## Unit and property tests alone: no broker, no guest, no root
@@ -40,6 +45,7 @@ test-fast: ## Unit and property tests alone: no broker, no guest, no root
 .PHONY: test-slow
 test-slow: ## The tests that boot machines or break brokers
 	$(stage) setup scripts/setup
+	@$(MAKE) build
 	$(stage) "slow tests" cargo nextest run --locked --workspace --profile slow
 
 .PHONY: lint
@@ -57,7 +63,7 @@ advisories: ## Ask the RustSec database about our dependencies (needs a network)
 .PHONY: bench
 bench: ## Measure speed and memory against the bars, printed as a table
 	$(stage) setup scripts/setup
-	$(stage) build cargo build --locked --release --workspace --bins
+	$(stage) "release build" cargo build --locked --release --workspace --bins
 	$(stage) bench cargo run --locked --release --package stackhand-bench
 
 .PHONY: packages
