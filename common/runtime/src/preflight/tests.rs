@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::clock::Sync;
 use super::network::Unreachable;
 use super::*;
-use crate::config::{BrokerAddress, SigningSettings};
+use crate::config::{self, AgentSection, BrokerAddress, SigningSettings, Sources};
 
 fn severities(findings: &[Finding]) -> Vec<Severity> {
     findings.iter().map(|finding| finding.severity).collect()
@@ -74,6 +74,52 @@ async fn a_check_that_hangs_in_the_kernel_takes_one_thread_however_often_it_is_r
         assert!(std::time::Instant::now() < deadline, "did not recover");
     }
     assert!(starts.try_iter().count() >= 1);
+}
+
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+struct Network {}
+
+impl AgentSection for Network {
+    const AGENT: &'static str = "network";
+}
+
+#[tokio::test]
+async fn the_common_checks_look_at_this_host_and_name_what_is_missing() {
+    let etc = tempfile::tempdir().unwrap();
+    let dir = etc.path().display();
+    let settings = format!(
+        "state_dir = '{dir}/state'\nrun_dir = '{dir}'\n[bus]\nurl = 'rabbit://127.0.0.1:1/'\n"
+    );
+    fs::write(etc.path().join("stackhand.toml"), settings).unwrap();
+    let sources = Sources { config_dir: etc.path().to_owned(), ..Sources::default() };
+    let loaded = config::load::<Network>(&sources).unwrap();
+    let report = run(&common_checks(&loaded)).await;
+    println!("{report}");
+
+    let names: Vec<&str> = report.findings.iter().map(|finding| &*finding.check).collect();
+    let expected = [
+        "config",
+        "state-dir",
+        "run-dir",
+        "clock",
+        "kernel",
+        "cgroup",
+        "open-files",
+        "host-name",
+        "trusted-controllers",
+        "broker",
+    ];
+    assert_eq!(names, expected);
+    let failed: Vec<&str> =
+        report.at_least(Severity::Failure).map(|finding| &*finding.check).collect();
+    for missing in ["state-dir", "trusted-controllers", "broker"] {
+        assert!(failed.contains(&missing), "{missing} is missing and was not told:\n{report}");
+    }
+    assert!(!report.to_string().contains("crashed"), "{report}");
+    for finding in report.at_least(Severity::Warning) {
+        assert!(finding.remedy.is_some(), "{finding:?}");
+    }
 }
 
 #[test]
