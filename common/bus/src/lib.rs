@@ -11,6 +11,7 @@
 //! [`sign`] adds signatures to the commands of our own API where they cross a broker.
 
 pub mod amqp;
+mod dispatch;
 mod error;
 pub mod local;
 pub mod memory;

@@ -79,6 +79,17 @@ pub fn encode_request(
     unique_id: &str,
     reply_to: Option<&ReplyTo>,
 ) -> Vec<u8> {
+    seal(&Value::Object(request_object(target, request, unique_id, reply_to)))
+}
+
+/// The inner object of a request, for transports that need no envelope.
+#[must_use]
+pub fn request_object(
+    target: &Target,
+    request: &Request,
+    unique_id: &str,
+    reply_to: Option<&ReplyTo>,
+) -> Map<String, Value> {
     let mut inner = Map::new();
     inner.insert("method".into(), request.method.as_str().into());
     inner.insert("args".into(), Value::Object(request.args.clone()));
@@ -94,7 +105,7 @@ pub fn encode_request(
         inner.insert("_timeout".into(), monitor);
     }
     insert_context(&mut inner, &request.context);
-    seal(&Value::Object(inner))
+    inner
 }
 
 /// Reads a request.
@@ -162,17 +173,23 @@ pub fn request_from_object(mut inner: Map<String, Value>) -> Result<RequestFrame
 /// Writes an answer, or a keep-alive when `ending` is false.
 #[must_use]
 pub fn encode_reply(frame: &ReplyFrame, unique_id: &str) -> Vec<u8> {
+    seal(&reply_object(frame, unique_id))
+}
+
+/// The inner object of an answer, for transports that need no envelope.
+#[must_use]
+pub fn reply_object(frame: &ReplyFrame, unique_id: &str) -> Value {
     let (result, failure) = match &frame.outcome {
         Ok(result) => (result.clone(), Value::Null),
         Err(failure) => (Value::Null, encode_failure(failure).into()),
     };
-    seal(&json!({
+    json!({
         "result": result,
         "failure": failure,
         "ending": frame.ending,
         "_msg_id": frame.msg_id,
         "_unique_id": unique_id,
-    }))
+    })
 }
 
 /// Reads an answer.
