@@ -1,0 +1,283 @@
+//! Carrying plans out: documents to agents, storage before compute.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use serde_json::Value;
+use stackhand_bus::{BusError, LockGuard};
+use stackhand_model::{AgentKind, Connector, Document, ErrorCode, ObjectRef, Spec};
+use stackhand_runtime::api::Condition;
+use stackhand_runtime::client::{AgentClient, ClientError};
+
+use crate::console::Console;
+use crate::exit::{NotWell, Usage};
+use crate::fleet::{Fleet, Member};
+use crate::manifest::complete::{Completed, complete, next_generation};
+use crate::manifest::held::{Held, Place, connection_of};
+use crate::manifest::plan::{Action, Item, Plan, plan};
+use crate::manifest::source::Piece;
+use crate::objects::Gathered;
+use crate::progress::{Target, watch};
+
+/// How long a controller waits for another one to finish.
+const LOCK_LIMIT: Duration = Duration::from_secs(120);
+
+/// Keeps other controllers from applying to the cloud at the same time.
+#[derive(Debug)]
+pub(crate) enum Lock {
+    /// Over the broker.
+    Bus { _guard: LockGuard },
+    /// By a file beside the sockets.
+    File { _file: std::fs::File },
+}
+
+/// Takes the lock of the fleet's cloud.
+///
+/// # Errors
+///
+/// Another controller has held it for two minutes.
+pub(crate) async fn lock(fleet: &Fleet, run_dir: &std::path::Path) -> Result<Lock> {
+    let name = format!("stackhand.apply.{}", fleet.cloud());
+    let busy = || format!("another controller is applying to cloud {:?}", fleet.cloud());
+    if let Some(bus) = fleet.bus() {
+        return match bus.lock(&name, LOCK_LIMIT).await {
+            Ok(guard) => Ok(Lock::Bus { _guard: guard }),
+            Err(error) => Err(anyhow::Error::new(error).context(busy())),
+        };
+    }
+    let path = run_dir.join(format!("{name}.lock"));
+    let file = std::fs::File::create(&path)
+        .with_context(|| format!("cannot create lock {}", path.display()))?;
+    let locking = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
+    let locked = tokio::time::timeout(LOCK_LIMIT, locking).await.with_context(busy)?;
+    let file = locked?.with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(Lock::File { _file: file })
+}
+
+/// Works out what a manifest means for the agents. Sends nothing.
+///
+/// # Errors
+///
+/// Every problem of the whole manifest, as [`Usage`]; agents that are needed and down.
+pub(crate) async fn prepare(
+    fleet: &Fleet,
+    gathered: &mut Gathered,
+    pieces: Vec<Piece>,
+) -> Result<(Completed, Plan)> {
+    if mentions_volumes(&pieces) {
+        gathered.held.connectors = connectors(&gathered.members).await;
+    }
+    let held = &gathered.held;
+    let completed = complete(pieces, held, fleet.cloud()).map_err(Usage::several)?;
+    let plan = plan(&completed, held, fleet.is_local())
+        .map_err(|problems| NotWell(problems.join("; ")))?;
+    Ok((completed, plan))
+}
+
+fn mentions_volumes(pieces: &[Piece]) -> bool {
+    pieces.iter().any(|piece| {
+        piece.value["kind"].as_str().and_then(|kind| kind.parse().ok())
+            == Some(stackhand_model::Kind::Instance)
+            && piece.value["spec"]["volumes"].as_array().is_some_and(|it| !it.is_empty())
+    })
+}
+
+/// What compute hosts tell about themselves for attachments.
+async fn connectors(members: &[Member]) -> BTreeMap<String, Connector> {
+    let computes: Vec<Member> =
+        members.iter().filter(|it| it.row.agent == AgentKind::Compute).cloned().collect();
+    let answers =
+        crate::fleet::ask_all(&computes, |member| async move { member.client.facts().await });
+    let mut found = BTreeMap::new();
+    for (member, answer) in answers.await {
+        // Without facts an attachment to this host's own storage still works.
+        if let Ok(facts) = answer {
+            let host = member.row.host;
+            found.insert(host.clone(), connector(&host, &facts));
+        }
+    }
+    found
+}
+
+fn connector(host: &str, facts: &Value) -> Connector {
+    let within = facts.get("connector").unwrap_or(facts);
+    let text = |key: &str| within.get(key).and_then(Value::as_str);
+    Connector {
+        host: host.to_owned(),
+        initiator: text("initiator").map(str::to_owned),
+        address: text("address").and_then(|address| address.parse().ok()),
+    }
+}
+
+/// Asks every agent whether it would take what it is to be sent.
+///
+/// # Errors
+///
+/// Every refusal.
+pub(crate) async fn rehearse(members: &[Member], plan: &Plan) -> Result<()> {
+    let mut problems = Vec::new();
+    let mut asking = FuturesUnordered::new();
+    for (place, items) in plan.stages().into_iter().flatten() {
+        let client = client(members, &place)?;
+        let documents: Vec<Document> = items.iter().map(|item| item.document.clone()).collect();
+        asking.push(async move { (place, client.dry_run(&documents).await) });
+    }
+    while let Some((place, answer)) = asking.next().await {
+        if let Err(error) = answer {
+            problems.extend(refusals(&place, error)?);
+        }
+    }
+    problems.sort();
+    if problems.is_empty() { Ok(()) } else { Err(Usage::several(problems).into()) }
+}
+
+/// The refusals in an error, or the error itself when nothing was refused.
+fn refusals(place: &Place, error: ClientError) -> Result<Vec<String>> {
+    match error {
+        ClientError::Refused(refused)
+            if !matches!(refused.code, ErrorCode::Unavailable | ErrorCode::Internal) =>
+        {
+            if refused.problems.is_empty() {
+                return Ok(vec![format!("{place} refuses: {}", refused.message)]);
+            }
+            let each = refused.problems.iter();
+            Ok(each.map(|it| format!("{place} refuses: {}", it.message)).collect())
+        }
+        error => Err(anyhow::Error::new(error).context(format!("cannot ask {place}"))),
+    }
+}
+
+/// Sends a plan's documents: everything but instances first, then, when storage has told how
+/// their volumes are reached, instances. Returns what to wait for.
+///
+/// # Errors
+///
+/// An agent refuses or is away; an attachment does not become active within `limit`. What was
+/// sent before stays, and applying again goes on from there.
+pub(crate) async fn carry_out(
+    gathered: &Gathered,
+    plan: &Plan,
+    limit: Duration,
+    console: &mut Console,
+) -> Result<Vec<Target>> {
+    let [first, instances] = plan.stages();
+    send(&gathered.members, first).await?;
+    let connections = attach(gathered, plan, limit, console).await?;
+    let mut ready: Vec<Item> = Vec::new();
+    for item in instances.into_values().flatten() {
+        let mut item = item.clone();
+        fill(&mut item.document, plan, &connections, &gathered.held)?;
+        ready.push(item);
+    }
+    let mut batches: BTreeMap<Place, Vec<&Item>> = BTreeMap::new();
+    for item in &ready {
+        batches.entry(item.place.clone()).or_default().push(item);
+    }
+    send(&gathered.members, batches).await?;
+    Ok(targets(plan))
+}
+
+/// What a plan brings about, unchanged objects included: they may still be on their way.
+pub(crate) fn targets(plan: &Plan) -> Vec<Target> {
+    let sent = plan.items.iter().filter(|item| item.action != Action::Copy);
+    sent.map(|item| Target {
+        object: item.document.object(),
+        place: item.place.clone(),
+        name: item.document.name.to_string(),
+    })
+    .collect()
+}
+
+async fn send(members: &[Member], batches: BTreeMap<Place, Vec<&Item>>) -> Result<()> {
+    let mut sending = FuturesUnordered::new();
+    for (place, items) in batches {
+        let client = client(members, &place)?;
+        let documents: Vec<Document> = items.iter().map(|item| item.document.clone()).collect();
+        sending.push(async move { (place, client.apply(&documents).await) });
+    }
+    let mut failed = Vec::new();
+    while let Some((place, answer)) = sending.next().await {
+        if let Err(error) = answer {
+            failed.push(match refusals(&place, error) {
+                Ok(refused) => refused.join("; "),
+                Err(error) => crate::exit::chain(&error),
+            });
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    failed.sort();
+    bail!("not everything was applied, apply again to go on: {}", failed.join("; "))
+}
+
+/// Waits for the attachments that instances need. Returns how each volume is reached.
+async fn attach(
+    gathered: &Gathered,
+    plan: &Plan,
+    limit: Duration,
+    console: &mut Console,
+) -> Result<BTreeMap<ObjectRef, Value>> {
+    let needed: BTreeSet<ObjectRef> =
+        plan.awaited.values().flat_map(BTreeMap::values).copied().collect();
+    let waiting: Vec<Target> =
+        targets(plan).into_iter().filter(|it| needed.contains(&it.object)).collect();
+    if waiting.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let outcome =
+        watch(&gathered.members, waiting.clone(), Condition::Active, limit, console).await?;
+    if !outcome.late.is_empty() {
+        bail!(NotWell("instances wait for their volumes; apply again to go on".to_owned()));
+    }
+    let mut connections = BTreeMap::new();
+    for target in waiting {
+        let client = client(&gathered.members, &target.place)?;
+        let entries = client
+            .get(Some(target.object.kind), Some(&[target.object.id]))
+            .await
+            .with_context(|| format!("cannot read {} {}", target.object.kind, target.name))?;
+        let connection = entries.first().and_then(|entry| connection_of(&entry.status.observed));
+        let connection = connection
+            .with_context(|| format!("{} tells no connection for {}", target.place, target.name))?;
+        connections.insert(target.object, serde_json::to_value(connection)?);
+    }
+    Ok(connections)
+}
+
+/// Puts connections where a document has stand-ins, and corrects its generation.
+fn fill(
+    document: &mut Document,
+    plan: &Plan,
+    connections: &BTreeMap<ObjectRef, Value>,
+    held: &Held,
+) -> Result<()> {
+    let object = document.object();
+    let Some(awaited) = plan.awaited.get(&object) else { return Ok(()) };
+    let Spec::Instance(instance) = &mut document.spec else { return Ok(()) };
+    for (index, attachment) in awaited {
+        let connection = connections.get(attachment);
+        if let (Some(volume), Some(connection)) = (instance.volumes.get_mut(*index), connection) {
+            volume.connection = serde_json::from_value(connection.clone())?;
+        }
+    }
+    // It may turn out to be what is held.
+    document.generation = next_generation(document, held.newest(object));
+    Ok(())
+}
+
+/// The client of an agent.
+///
+/// # Errors
+///
+/// It is not there.
+pub(crate) fn client(members: &[Member], place: &Place) -> Result<AgentClient, BusError> {
+    members
+        .iter()
+        .find(|member| member.row.agent == place.agent && member.row.host == place.host)
+        .map(|member| member.client.clone())
+        .ok_or_else(|| BusError::Undeliverable { target: place.to_string() })
+}

@@ -1,0 +1,126 @@
+//! The command line: what can be typed. What each command does is in `commands/`.
+
+use clap::{Parser, Subcommand};
+
+use crate::commands::{
+    act, apply, completion, config, delete, doctor, events, export, facts, get, host, keygen, list,
+    man, ping, schema, show, wait,
+};
+use crate::settings::Globals;
+
+/// Lists and drives Stackhand's agents: compute, network and storage on every host.
+///
+/// Without a broker (--url, AGENTCTL_URL or a settings file) it speaks to the agents of this host
+/// over their sockets.
+#[derive(Debug, Parser)]
+#[command(
+    name = "agentctl",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Exit status:
+  0  done, and all is well
+  1  it did not work
+  2  the command line, a setting or a manifest is wrong
+  3  it worked, and something is not well: an agent down, an object in error or not there in time
+
+Files:
+  ~/.config/agentctl/config.toml, /etc/stackhand/agentctl.toml
+      defaults: url, local, run_dir, key, cloud, timeout_seconds, output
+
+Examples:
+  agentctl list                              who is there, and who is not
+  agentctl doctor                            is this host fit, and what to do about it
+  agentctl apply -f cloud.yaml --wait        make it so, and watch
+  agentctl get instances                     what the agents hold
+  agentctl --url rabbit://u:p@broker/ list   all hosts, over a broker"
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the agents: alive or down, since when and why
+    #[command(visible_alias = "ls")]
+    List(list::List),
+    /// Show all that is known about one agent
+    Show(show::Show),
+    /// Show facts about hosts: capacity, versions, what the kernel can do
+    Facts(facts::Facts),
+    /// Check whether this host is fit for the agents installed on it
+    Doctor(doctor::Doctor),
+    /// List the objects that agents hold, with their states
+    Get(get::Get),
+    /// Show one object: document, state and facts seen on the host
+    Describe(get::Describe),
+    /// Show what happened lately
+    Events(events::Events),
+    /// Enable or disable a host for new objects
+    #[command(subcommand)]
+    Host(host::HostCommand),
+    /// Ask agents whether they are there, and how fast they answer
+    Ping(ping::Ping),
+    /// Apply a manifest: make the hosts as it says
+    Apply(apply::Apply),
+    /// Show what applying a manifest would change
+    #[command(visible_alias = "diff")]
+    Plan(apply::PlanCommand),
+    /// Delete what a manifest names, or one object
+    Delete(delete::Delete),
+    /// Wait until objects are active or gone
+    Wait(wait::Wait),
+    /// Perform an action on an object, such as a reboot
+    Act(act::Act),
+    /// Write what the agents hold as a manifest
+    Export(export::Export),
+    /// Print the JSON Schema of documents
+    Schema(schema::Schema),
+    /// Make a key pair that signs commands sent over a broker
+    Keygen(keygen::Keygen),
+    /// Show the settings in effect, and where each comes from
+    Config(config::Config),
+    /// Print a completion script for a shell
+    Completion(completion::Completion),
+    /// Write the manual pages into a folder
+    #[command(hide = true)]
+    Man(man::Man),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let nested: Vec<_> = command.get_subcommands().collect();
+            let own = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let name = command.get_name();
+            assert!(own.contains(&format!("agentctl {name}")), "{name} has no example");
+            for inner in nested {
+                assert!(own.contains(inner.get_name()), "{name} {} is not shown", inner.get_name());
+            }
+        }
+    }
+
+    #[test]
+    fn options_work_before_and_after_the_command() {
+        for line in ["agentctl -o json --local list", "agentctl list --local -o json"] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert!(cli.globals.local && cli.globals.output.is_some(), "{line}");
+        }
+        assert!(Cli::try_parse_from(["agentctl", "list", "--local", "--url", "x"]).is_err());
+        assert!(Cli::try_parse_from(["agentctl", "apply"]).is_err());
+    }
+}

@@ -1,0 +1,75 @@
+//! One file per noun or verb. Each has its arguments and what it does with them.
+
+pub(crate) mod act;
+pub(crate) mod apply;
+pub(crate) mod completion;
+pub(crate) mod config;
+pub(crate) mod delete;
+pub(crate) mod doctor;
+pub(crate) mod events;
+pub(crate) mod export;
+pub(crate) mod facts;
+pub(crate) mod get;
+pub(crate) mod host;
+pub(crate) mod keygen;
+pub(crate) mod list;
+pub(crate) mod man;
+pub(crate) mod ping;
+pub(crate) mod schema;
+pub(crate) mod show;
+pub(crate) mod wait;
+
+use anyhow::Result;
+
+use crate::cli::Command;
+use crate::console::Console;
+use crate::exit::Exit;
+use crate::fleet::Fleet;
+use crate::settings::Settings;
+
+/// What commands work with.
+pub(crate) struct Session {
+    pub(crate) settings: Settings,
+    pub(crate) console: Console,
+}
+
+impl Session {
+    /// Connects to the agents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Fleet::connect`].
+    pub(crate) async fn fleet(&self) -> Result<Fleet> {
+        Fleet::connect(&self.settings).await
+    }
+}
+
+/// Runs a command.
+///
+/// # Errors
+///
+/// Why it did not work; `main` tells it and chooses the exit status.
+pub(crate) async fn run(command: &Command, session: &mut Session) -> Result<Exit> {
+    match command {
+        Command::List(args) => list::run(args, session).await,
+        Command::Show(args) => show::run(args, session).await,
+        Command::Facts(args) => facts::run(args, session).await,
+        Command::Doctor(args) => doctor::run(args, session).await,
+        Command::Get(args) => get::run(args, session).await,
+        Command::Describe(args) => get::describe(args, session).await,
+        Command::Events(args) => events::run(args, session).await,
+        Command::Host(args) => host::run(args, session).await,
+        Command::Ping(args) => ping::run(args, session).await,
+        Command::Apply(args) => apply::run(args, session).await,
+        Command::Plan(args) => apply::show_plan(args, session).await,
+        Command::Delete(args) => delete::run(args, session).await,
+        Command::Wait(args) => wait::run(args, session).await,
+        Command::Act(args) => act::run(args, session).await,
+        Command::Export(args) => export::run(args, session).await,
+        Command::Schema(args) => schema::run(args, session),
+        Command::Keygen(args) => keygen::run(args, session),
+        Command::Config(args) => config::run(args, session),
+        Command::Completion(args) => completion::run(args, session),
+        Command::Man(args) => man::run(args, session),
+    }
+}

@@ -1,0 +1,81 @@
+//! `agentctl act`.
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use serde_json::{Map, Value};
+use stackhand_model::Kind;
+
+use super::Session;
+use crate::exit::Exit;
+use crate::fleet::Filter;
+use crate::objects;
+
+/// Perform an action on an object, such as a reboot.
+///
+/// The agent tells which actions it knows when it is asked for one that it does not.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  agentctl act instance/web reboot --param hard=true
+  agentctl act instance/web console-log")]
+pub(crate) struct Act {
+    /// The object, as KIND/NAME or KIND/ID
+    #[arg(value_parser = objects::parse_ref, value_name = "KIND/NAME")]
+    object: (Kind, String),
+    /// The action
+    action: String,
+    /// A detail of it; values that read as JSON are taken as such, others as text
+    #[arg(long = "param", value_parser = parse_param, value_name = "KEY=VALUE")]
+    params: Vec<(String, Value)>,
+}
+
+fn parse_param(text: &str) -> Result<(String, Value), String> {
+    let (key, value) = text.split_once('=').ok_or("must be of the form KEY=VALUE")?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+    Ok((key.to_owned(), value))
+}
+
+pub(crate) async fn run(args: &Act, session: &mut Session) -> Result<Exit> {
+    let (kind, name) = &args.object;
+    let fleet = session.fleet().await?;
+    let all = objects::gather(&fleet, &Filter::default(), |member| {
+        (member.row.agent == kind.agent()).then_some(Some(*kind))
+    })
+    .await?;
+    let rows = objects::rows(&all.held);
+    let row = objects::find(&rows, *kind, name, fleet.cloud())?;
+    let home = row.home().map(|holding| holding.host.clone()).unwrap_or_default();
+    let member = all
+        .members
+        .iter()
+        .find(|member| member.row.agent == kind.agent() && member.row.host == home)
+        .with_context(|| format!("no {} answers on {home}", kind.agent().binary()))?;
+    let params: Map<String, Value> = args.params.iter().cloned().collect();
+    let answer = member
+        .client
+        .act(row.document.object(), &args.action, params.into())
+        .await
+        .with_context(|| format!("cannot {} {kind} {}", args.action, row.name))?;
+    fleet.close().await;
+    match answer {
+        Value::Null => {}
+        Value::String(text) => {
+            let end = if text.ends_with('\n') { "" } else { "\n" };
+            session.console.text(&format!("{text}{end}"))?;
+        }
+        other => session.console.print_tree(&other)?,
+    }
+    Ok(Exit::Well)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn details_are_json_where_they_read_as_such() {
+        assert_eq!(parse_param("hard=true"), Ok(("hard".into(), Value::Bool(true))));
+        assert_eq!(parse_param("name=a=b"), Ok(("name".into(), "a=b".into())));
+        assert_eq!(parse_param("n=3"), Ok(("n".into(), 3.into())));
+        assert!(parse_param("n").is_err());
+    }
+}

@@ -1,0 +1,110 @@
+//! `agentctl get` and `agentctl describe`.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use clap::Args;
+use stackhand_model::{Kind, State};
+
+use super::Session;
+use crate::exit::Exit;
+use crate::fleet::{Filter, Member};
+use crate::objects::{self, Gathered, ObjectRow};
+
+/// List the objects that agents hold, with their states.
+///
+/// One line per object; HOSTS are those whose agents hold its document. Exit status 3 when one
+/// that is listed is in error, or an agent that may hold more did not answer.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  agentctl get                        everything
+  agentctl get ports --host node1 -o wide
+  agentctl get instance web db
+  agentctl get volumes -o json | jq '.[].document.spec.size_gib'")]
+pub(crate) struct Get {
+    /// The kind, such as port or instances. Default: all
+    kind: Option<Kind>,
+    /// Names or ids. Default: all of the kind
+    #[arg(requires = "kind", value_name = "NAME|ID")]
+    names: Vec<String>,
+    #[command(flatten)]
+    filter: Filter,
+}
+
+/// Show one object: document, state and facts seen on the host.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  agentctl describe port web
+  agentctl describe instance 3b61dab4-46b4-536e-acb6-84fb5c6309a9")]
+pub(crate) struct Describe {
+    /// The kind, such as port or instance
+    kind: Kind,
+    /// Its name or id
+    #[arg(value_name = "NAME|ID")]
+    name: String,
+    #[command(flatten)]
+    filter: Filter,
+}
+
+pub(crate) async fn run(args: &Get, session: &mut Session) -> Result<Exit> {
+    let fleet = session.fleet().await?;
+    // The names of what objects refer to are worth a look at the other kinds.
+    let all = objects::gather(&fleet, &args.filter, |member| interest(args.kind, member)).await?;
+    fleet.close().await;
+    let rows = objects::rows(&all.held);
+    let names = objects::names(&rows);
+    let mut shown: Vec<ObjectRow> = Vec::new();
+    match args.kind {
+        None => shown = rows,
+        Some(kind) if args.names.is_empty() => {
+            shown.extend(rows.into_iter().filter(|row| row.kind == kind));
+        }
+        Some(kind) => {
+            let mut seen = BTreeSet::new();
+            for name in &args.names {
+                let row = objects::find(&rows, kind, name, fleet.cloud())?;
+                if seen.insert(row.id) {
+                    shown.push(row.clone());
+                }
+            }
+        }
+    }
+    session.console.print(&shown, |out| objects::table(&shown, &names, out))?;
+    Ok(verdict(&shown, &all, session))
+}
+
+pub(crate) async fn describe(args: &Describe, session: &mut Session) -> Result<Exit> {
+    let fleet = session.fleet().await?;
+    let all =
+        objects::gather(&fleet, &args.filter, |member| interest(Some(args.kind), member)).await?;
+    fleet.close().await;
+    let rows = objects::rows(&all.held);
+    let row = objects::find(&rows, args.kind, &args.name, fleet.cloud());
+    if row.is_err() {
+        // Perhaps one that did not answer has it.
+        tell_silent(&all, session);
+    }
+    let row = row?.clone();
+    session.console.print_tree(&row)?;
+    Ok(verdict(&[row], &all, session))
+}
+
+/// What to ask an agent for: all it holds, if the kind is one of its own.
+fn interest(kind: Option<Kind>, member: &Member) -> Option<Option<Kind>> {
+    match kind {
+        Some(kind) if kind.agent() != member.row.agent => None,
+        _ => Some(None),
+    }
+}
+
+fn tell_silent(all: &Gathered, session: &mut Session) {
+    for silent in &all.silent {
+        session.console.note(&format!("agentctl: {silent}"));
+    }
+}
+
+fn verdict(rows: &[ObjectRow], all: &Gathered, session: &mut Session) -> Exit {
+    tell_silent(all, session);
+    let wrong = rows.iter().any(|row| row.state == State::Error);
+    if wrong || !all.silent.is_empty() { Exit::NotWell } else { Exit::Well }
+}

@@ -1,0 +1,201 @@
+//! From a manifest with gaps to complete documents.
+//!
+//! Pure: the manifest and what the agents hold go in, documents or every problem come out.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use stackhand_model::{Document, Kind, MacAddr, ObjectRef, Spec};
+use uuid::Uuid;
+
+use super::draft::{Draft, Drafts, drafts};
+use super::expand::{MADE_FOR, expand};
+use super::held::Held;
+use super::source::Piece;
+use super::{addresses, check, hosts};
+
+/// The label that names the cloud of a document.
+pub(crate) const CLOUD: &str = "cloud";
+
+/// A manifest whose gaps are filled.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Completed {
+    /// What is wanted, ready to be sent.
+    pub(crate) documents: BTreeMap<ObjectRef, Document>,
+    /// Instances that wait for storage: which attachment fills which of their volumes. The
+    /// documents have a stand-in there.
+    pub(crate) awaited: BTreeMap<ObjectRef, BTreeMap<usize, ObjectRef>>,
+}
+
+/// Fills the gaps of a manifest.
+///
+/// # Errors
+///
+/// Every problem of the whole manifest.
+pub(crate) fn complete(
+    pieces: Vec<Piece>,
+    held: &Held,
+    cloud: &str,
+) -> Result<Completed, Vec<String>> {
+    let mut drafts = drafts(expand(pieces, cloud), cloud)?;
+    let mut problems = Vec::new();
+    hosts::choose(&mut drafts, held, &mut problems);
+    addresses::choose(&mut drafts, held, &mut problems);
+
+    let mut completed = Completed::default();
+    let (instances, others): (Vec<ObjectRef>, Vec<ObjectRef>) =
+        drafts.keys().copied().partition(|object| object.kind == Kind::Instance);
+    for object in others {
+        if let Some(draft) = drafts.get_mut(&object) {
+            match finish(draft, held.newest(object), cloud) {
+                Ok(document) => {
+                    completed.documents.insert(object, document);
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+    }
+    for object in instances {
+        plug_ports(&mut drafts, object, held);
+        let awaited = plug_volumes(&mut drafts, object, held, &completed.documents);
+        if let Some(draft) = drafts.get_mut(&object) {
+            match finish(draft, held.newest(object), cloud) {
+                Ok(document) => {
+                    completed.documents.insert(object, document);
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if !awaited.is_empty() {
+            completed.awaited.insert(object, awaited);
+        }
+    }
+    // A document that could not be read makes others look wrong that refer to it.
+    if problems.is_empty() {
+        problems = check::across(&drafts, &completed.documents, held, cloud);
+    }
+    if problems.is_empty() { Ok(completed) } else { Err(dedup(problems)) }
+}
+
+/// Keeps the first of several equal problems, in order.
+fn dedup(problems: Vec<String>) -> Vec<String> {
+    let mut seen = std::collections::BTreeSet::new();
+    problems.into_iter().filter(|problem| seen.insert(problem.clone())).collect()
+}
+
+/// Fills in Ethernet address and MTU of an instance's ports.
+fn plug_ports(drafts: &mut Drafts, object: ObjectRef, held: &Held) {
+    let Some(draft) = drafts.get(&object) else { return };
+    let facts: Vec<(Option<MacAddr>, Option<u32>)> = draft
+        .items("ports")
+        .map(|item| {
+            let id = item["port"].as_str().and_then(|id| id.parse::<Uuid>().ok());
+            id.map_or((None, None), |id| port_facts(drafts, held, id))
+        })
+        .collect();
+    let Some(draft) = drafts.get_mut(&object) else { return };
+    for (item, (mac, mtu)) in draft.items_mut("ports").zip(facts) {
+        let Value::Object(port) = item else { continue };
+        if let Some(mac) = mac {
+            port.entry("mac").or_insert_with(|| mac.to_string().into());
+        }
+        if let Some(mtu) = mtu {
+            port.entry("mtu").or_insert_with(|| mtu.into());
+        }
+    }
+}
+
+fn port_facts(drafts: &Drafts, held: &Held, id: Uuid) -> (Option<MacAddr>, Option<u32>) {
+    let object = ObjectRef { kind: Kind::Port, id };
+    let (mac, network) = match drafts.get(&object) {
+        Some(port) => (port.text("mac").and_then(|mac| mac.parse().ok()), port.id("network")),
+        None => match held.newest(object).map(|it| &it.spec) {
+            Some(Spec::Port(port)) => (Some(port.mac), Some(port.network.0)),
+            _ => (None, None),
+        },
+    };
+    let network = network.map(|id| ObjectRef { kind: Kind::Network, id });
+    let mtu = network.and_then(|network| match drafts.get(&network) {
+        Some(draft) => {
+            draft.field("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok())
+        }
+        None => match held.newest(network).map(|it| &it.spec) {
+            Some(Spec::Network(network)) => network.mtu,
+            _ => None,
+        },
+    });
+    (mac, mtu)
+}
+
+/// Fills in the connections of an instance's volumes, as far as the storage agents have answered.
+/// Returns which attachments are still awaited.
+fn plug_volumes(
+    drafts: &mut Drafts,
+    object: ObjectRef,
+    held: &Held,
+    documents: &BTreeMap<ObjectRef, Document>,
+) -> BTreeMap<usize, ObjectRef> {
+    let mut awaited = BTreeMap::new();
+    let attachments: BTreeMap<Uuid, ObjectRef> = documents
+        .iter()
+        .filter_map(|(attachment, document)| match &document.spec {
+            Spec::Attachment(spec) => {
+                let owner = document.labels.get(MADE_FOR)?.parse::<ObjectRef>().ok()?;
+                (owner == object).then_some((spec.volume.0, *attachment))
+            }
+            _ => None,
+        })
+        .collect();
+    let Some(draft) = drafts.get_mut(&object) else { return awaited };
+    for (index, item) in draft.items_mut("volumes").enumerate() {
+        let volume = item["volume"].as_str().and_then(|id| id.parse::<Uuid>().ok());
+        let attachment = volume.and_then(|volume| attachments.get(&volume));
+        let (Some(attachment), Value::Object(fields)) = (attachment, item) else { continue };
+        if fields.contains_key("connection") {
+            continue;
+        }
+        let known = documents
+            .get(attachment)
+            .and_then(|document| held.connection(*attachment, document.generation));
+        let connection = known.and_then(|known| serde_json::to_value(known).ok());
+        let connection = connection.unwrap_or_else(|| {
+            awaited.insert(index, *attachment);
+            stand_in()
+        });
+        fields.insert("connection".into(), connection);
+    }
+    awaited
+}
+
+/// Stands in a document for a connection that is not known yet. It is never sent.
+fn stand_in() -> Value {
+    json!({"type": "block", "path": "/awaiting-attachment"})
+}
+
+/// Reads a complete draft and gives it its generation: that of the document held if they say the
+/// same, else the next.
+fn finish(draft: &mut Draft, held: Option<&Document>, cloud: &str) -> Result<Document, String> {
+    draft.set_label(CLOUD, cloud);
+    let mut document = draft.read()?;
+    if document.generation == 0 {
+        document.generation = next_generation(&document, held);
+    }
+    Ok(document)
+}
+
+/// The generation for a document, given the newest one that is held.
+pub(crate) fn next_generation(document: &Document, held: Option<&Document>) -> u64 {
+    match held {
+        Some(held) if says_the_same(held, document) => held.generation,
+        Some(held) => held.generation + 1,
+        None => 1,
+    }
+}
+
+/// Whether two documents differ in nothing but their generation.
+pub(crate) fn says_the_same(one: &Document, other: &Document) -> bool {
+    one.id == other.id
+        && one.name == other.name
+        && one.labels == other.labels
+        && one.spec == other.spec
+}
