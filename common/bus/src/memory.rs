@@ -119,14 +119,14 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives `parcel` to the server whose turn it is, or back.
-    fn route(&self, mut parcel: Parcel) -> Result<(), Parcel> {
+    /// Gives `parcel` to the server whose turn it is. False when there is none.
+    fn route(&self, mut parcel: Parcel) -> bool {
         let mut state = self.lock();
         let State { servers, turns, .. } = &mut *state;
         let candidates: Vec<&Server> =
             servers.iter().filter(|server| server.takes(&parcel.target)).collect();
         if candidates.is_empty() {
-            return Err(parcel);
+            return false;
         }
         let key = (parcel.target.exchange.clone(), parcel.target.topic.clone());
         let turn = turns.entry(key).or_default();
@@ -134,11 +134,11 @@ impl Shared {
             let server = candidates[*turn % candidates.len()];
             *turn = turn.wrapping_add(1);
             match server.inbox.send(parcel) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return true,
                 Err(back) => parcel = back.0,
             }
         }
-        Err(parcel)
+        false
     }
 }
 
@@ -188,7 +188,7 @@ impl MemoryTransport {
         let method = request.method.clone();
         let (answer, mut answered) = oneshot::channel();
         let parcel = parcel(target, request, Some(answer));
-        if self.shared.route(parcel).is_err() {
+        if !self.shared.route(parcel) {
             return Err(BusError::Undeliverable { target: target.to_string() });
         }
         tokio::select! {
