@@ -14,8 +14,13 @@ pub mod metrics;
 pub mod preflight;
 pub mod reconcile;
 pub mod report;
+pub mod run;
 pub mod service;
 pub mod status;
 pub mod systemd;
 pub mod telemetry;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod wake;
+
+pub use run::{AgentContext, Program, StartError};

@@ -183,7 +183,7 @@ impl<A: Agent> Reconciler<A> {
         let work = Work { desired: Arc::clone(&desired), due: due.clone(), cause };
         let report = match AssertUnwindSafe(self.agent.pass(work)).catch_unwind().await {
             Ok(report) => report,
-            Err(panic) => failed_pass(&due, &panic),
+            Err(panic) => failed_pass(&due, panic.as_ref()),
         };
         let took = begin.elapsed();
         self.with.metrics.reconcile_passes.inc();

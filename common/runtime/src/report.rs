@@ -193,7 +193,7 @@ mod tests {
         let json = serde_json::to_value(report()).unwrap();
         assert_eq!(json["objects"], json!({"Port": {"active": 3}}));
         assert_eq!(json["control"], json!({"enabled": true}));
-        assert_eq!(json["id"], "36fd95cb-8be4-5ad6-84b9-e0e2bba92a6c");
+        assert_eq!(json["id"], "3337f917-bf44-5047-9b8a-141f24bb2c4f");
         assert_eq!(serde_json::from_value::<Report>(json).unwrap(), report());
     }
 

@@ -90,12 +90,35 @@ fn delay(earlier: u32, pace: &Pace, random: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::fixtures::{group, object};
 
     const PACE: Pace = Pace {
         resync: Duration::from_secs(60),
         retry_min: Duration::from_secs(1),
         retry_max: Duration::from_secs(60),
     };
+
+    #[tokio::test(start_paused = true)]
+    async fn another_document_or_its_deletion_is_tried_at_once() {
+        let object = object(1);
+        let held = |generation, deleting| {
+            let document = std::sync::Arc::new(group(1, "a", generation));
+            Held { document, deleting }
+        };
+        let now = Instant::now();
+        let mut backoff = Backoff::default();
+        for _ in 0..4 {
+            backoff.failed(object, &held(1, false), now, &PACE, 0);
+        }
+        assert_eq!(backoff.next(), Some(now + Duration::from_secs(8)));
+        assert!(!backoff.is_due(&object, &held(1, false), now));
+        assert!(backoff.is_due(&object, &held(2, false), now));
+        assert!(backoff.is_due(&object, &held(1, true), now));
+        backoff.failed(object, &held(2, false), now, &PACE, 0);
+        assert_eq!(backoff.next(), Some(now + Duration::from_secs(1)), "counted from the start");
+        backoff.succeeded(&object);
+        assert_eq!(backoff.next(), None);
+    }
 
     #[test]
     fn the_delay_doubles_up_to_its_limit_and_is_shortened_by_a_fifth_at_most() {
