@@ -1,0 +1,353 @@
+//! The real hypervisor. Nothing outside this folder knows libvirt's types.
+//!
+//! Every call blocks, so calls run on threads for that, a bounded number at a time. One thread
+//! runs libvirt's event loop for the whole process; without it there are neither events nor
+//! keepalives. A connection that is lost (libvirtd restarts) is opened again; guests run on
+//! meanwhile.
+
+mod events;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use stackhand_model::InstanceId;
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::{Error, ErrorNumber};
+use virt::sys;
+
+use crate::domain::read;
+use crate::hypervisor::{
+    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power,
+};
+use events::Listener;
+
+/// Most calls at once. libvirt itself serves an unprivileged number of clients' calls.
+const CALLS_AT_ONCE: usize = 6;
+
+/// How often a lost connection is tried again, and a silent one is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Seconds between keepalives, and how many may go unanswered.
+const KEEPALIVE: (i32, u32) = (5, 3);
+
+/// Told about a domain whose state changed; about no domain in particular if `None`.
+pub type Notice = Arc<dyn Fn(Option<Uuid>) + Send + Sync>;
+
+/// libvirt at one URI. Clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Libvirt {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    uri: String,
+    notice: Notice,
+    link: Mutex<Link>,
+    turns: Semaphore,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Libvirt").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Link {
+    open: Option<Arc<Open>>,
+    /// Why it is not open, since it was last tried.
+    problem: Option<String>,
+}
+
+/// A connection and what listens to it; closed when the last user is done.
+struct Open {
+    connect: Connect,
+    listener: Option<Listener>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.end(&self.connect);
+        }
+        // `Connect` does not close itself. On a dead connection this only frees memory.
+        if let Err(error) = self.connect.close() {
+            tracing::debug!(%error, "closing the connection to libvirt");
+        }
+    }
+}
+
+impl Libvirt {
+    /// libvirt at `uri`, such as `qemu:///system`. Connects at the first call, and keeps trying
+    /// until the process ends or all clones are dropped. Must be called inside a runtime.
+    ///
+    /// # Errors
+    ///
+    /// Fails if libvirt's event loop cannot be started.
+    pub fn new(uri: &str, notice: Notice) -> Result<Self, HypervisorError> {
+        let away = |reason: String| HypervisorError::Away { uri: uri.to_owned(), reason };
+        events::start_loop().map_err(away)?;
+        let shared = Arc::new(Shared {
+            uri: uri.to_owned(),
+            notice,
+            link: Mutex::default(),
+            turns: Semaphore::new(CALLS_AT_ONCE),
+        });
+        tokio::spawn(watch(Arc::downgrade(&shared)));
+        Ok(Self { shared })
+    }
+
+    /// Runs `call` on a thread that may block.
+    async fn call<T: Send + 'static>(
+        &self,
+        action: String,
+        call: impl FnOnce(&Connect) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
+        let shared = Arc::clone(&self.shared);
+        let broke_off =
+            |reason: String| HypervisorError::Refused { action: action.clone(), reason };
+        let Ok(_turn) = self.shared.turns.acquire().await else {
+            return Err(broke_off("the agent is ending".into()));
+        };
+        let told = action.clone();
+        // A panic of the bindings ends up in the handle instead of ending the agent.
+        let handle = tokio::task::spawn_blocking(move || {
+            let open = shared.open()?;
+            call(&open.connect).map_err(|error| {
+                if shared.lost(&open) {
+                    shared.away(error.message())
+                } else {
+                    HypervisorError::Refused { action: told, reason: error.message().to_owned() }
+                }
+            })
+        });
+        handle.await.unwrap_or_else(|error| Err(broke_off(format!("the call broke off: {error}"))))
+    }
+}
+
+impl Shared {
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn away(&self, reason: &str) -> HypervisorError {
+        HypervisorError::Away { uri: self.uri.clone(), reason: reason.to_owned() }
+    }
+
+    /// The open connection; opens one if there is none.
+    fn open(&self) -> Result<Arc<Open>, HypervisorError> {
+        let mut link = self.link();
+        if let Some(open) = &link.open {
+            return Ok(Arc::clone(open));
+        }
+        let connect = Connect::open(Some(&self.uri)).map_err(|error| {
+            link.problem = Some(error.message().to_owned());
+            self.away(error.message())
+        })?;
+        // A driver inside our own process has no keepalive.
+        let _unsupported = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1);
+        let notice = Arc::clone(&self.notice);
+        let listener = Listener::begin(&connect, move |uuid| notice(Some(uuid)));
+        if listener.is_none() {
+            tracing::warn!(uri = self.uri, "libvirt gives no events; changes are seen late");
+        }
+        let open = Arc::new(Open { connect, listener });
+        *link = Link { open: Some(Arc::clone(&open)), problem: None };
+        tracing::info!(uri = self.uri, "connected to libvirt");
+        Ok(open)
+    }
+
+    /// Whether the connection is dead. If it is, it is given up.
+    fn lost(&self, open: &Arc<Open>) -> bool {
+        if open.connect.is_alive().unwrap_or(false) {
+            return false;
+        }
+        let mut link = self.link();
+        if link.open.as_ref().is_some_and(|current| Arc::ptr_eq(current, open)) {
+            let problem = "the connection was lost".to_owned();
+            *link = Link { open: None, problem: Some(problem) };
+            tracing::warn!(uri = self.uri, "the connection to libvirt was lost");
+        }
+        true
+    }
+}
+
+/// Notices a lost connection when nobody calls, and opens it again.
+async fn watch(shared: std::sync::Weak<Shared>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(shared) = shared.upgrade() else { return };
+        let looked = tokio::task::spawn_blocking(move || {
+            let (current, broken) = {
+                let link = shared.link();
+                (link.open.clone(), link.problem.is_some())
+            };
+            let changed = match current {
+                Some(open) => shared.lost(&open),
+                // Never opened and never asked for: nothing to do yet.
+                None => broken && shared.open().is_ok(),
+            };
+            if changed {
+                (shared.notice)(None);
+            }
+        });
+        if let Err(error) = looked.await {
+            tracing::warn!(%error, "looking after the connection to libvirt");
+        }
+    }
+}
+
+impl Hypervisor for Libvirt {
+    async fn domains(&self) -> Result<Vec<DomainSeen>, HypervisorError> {
+        self.call("list domains".into(), |connect| {
+            let mut seen = Vec::new();
+            for domain in connect.list_all_domains(0)? {
+                match look(&domain) {
+                    Ok(found) => seen.push(found),
+                    // It went away since the list was made.
+                    Err(error) if error.code() == ErrorNumber::NoDomain => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(seen)
+        })
+        .await
+    }
+
+    async fn perform(&self, id: InstanceId, change: DomainChange) -> Result<(), HypervisorError> {
+        let verb = match &change {
+            DomainChange::Define { .. } => "define",
+            DomainChange::Start { .. } => "start",
+            DomainChange::Pause => "pause",
+            DomainChange::Resume => "resume",
+            DomainChange::Shutdown => "shut down",
+            DomainChange::Destroy => "destroy",
+            DomainChange::Undefine => "undefine",
+        };
+        let action = format!("{verb} domain {id}");
+        self.call(action, move |connect| {
+            if let DomainChange::Define { xml } = &change {
+                return Domain::define_xml(connect, xml).map(drop);
+            }
+            let domain = match Domain::lookup_by_uuid(connect, id.0) {
+                Ok(domain) => domain,
+                Err(error) if error.code() == ErrorNumber::NoDomain => {
+                    return match change {
+                        // What is not there is off and undefined.
+                        DomainChange::Undefine | DomainChange::Destroy => Ok(()),
+                        _ => Err(error),
+                    };
+                }
+                Err(error) => return Err(error),
+            };
+            let power = power(domain.get_state()?);
+            match change {
+                DomainChange::Define { .. } => Ok(()),
+                DomainChange::Start { paused } if matches!(power, Power::Off(_)) => {
+                    let flags = if paused { sys::VIR_DOMAIN_START_PAUSED } else { 0 };
+                    domain.create_with_flags(flags).map(drop)
+                }
+                DomainChange::Pause if power == Power::Running => domain.suspend().map(drop),
+                DomainChange::Resume if power == Power::Paused => domain.resume().map(drop),
+                DomainChange::Shutdown if !matches!(power, Power::Off(_)) => {
+                    domain.shutdown().map(drop)
+                }
+                DomainChange::Destroy if !matches!(power, Power::Off(_)) => domain.destroy(),
+                DomainChange::Undefine => domain.undefine_flags(
+                    sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                        | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                        | sys::VIR_DOMAIN_UNDEFINE_NVRAM
+                        | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
+                ),
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
+    async fn host(&self) -> Result<HostFacts, HypervisorError> {
+        self.call("look at the host".into(), |connect| {
+            let node = connect.get_node_info()?;
+            Ok(HostFacts {
+                hypervisor_version: version(connect.get_hyp_version()?),
+                libvirt_version: version(connect.get_lib_version()?),
+                cpus: node.cpus,
+                memory_mib: node.memory / 1024,
+            })
+        })
+        .await
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let link = self.shared.link();
+        let problem = link.problem.as_ref()?;
+        Some(format!(
+            "libvirt at {} is away: {problem}; guests run on, start libvirtd",
+            self.shared.uri
+        ))
+    }
+}
+
+fn look(domain: &Domain) -> Result<DomainSeen, Error> {
+    let power = power(domain.get_state()?);
+    let described = |flags| {
+        let text = domain.get_xml_desc(flags)?;
+        // What cannot be read has no mark, so it is not touched.
+        let unmarked = crate::domain::Described { mark: None, vnc_port: None };
+        Ok(read(&text).unwrap_or(unmarked))
+    };
+    let next = described(sys::VIR_DOMAIN_XML_INACTIVE)?;
+    let running = match power {
+        Power::Off(_) => None,
+        Power::Running | Power::Paused => Some(described(0)?),
+    };
+    Ok(DomainSeen {
+        uuid: domain.get_uuid()?,
+        name: domain.get_name()?,
+        power,
+        mark: next.mark,
+        vnc_port: running.as_ref().and_then(|running| running.vnc_port),
+        running_mark: running.and_then(|running| running.mark),
+    })
+}
+
+fn power((state, reason): (sys::virDomainState, i32)) -> Power {
+    match state {
+        sys::VIR_DOMAIN_SHUTOFF => Power::Off(match u32::try_from(reason).unwrap_or(0) {
+            sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN => OffReason::Shutdown,
+            sys::VIR_DOMAIN_SHUTOFF_DESTROYED => OffReason::Destroyed,
+            sys::VIR_DOMAIN_SHUTOFF_CRASHED | sys::VIR_DOMAIN_SHUTOFF_FAILED => OffReason::Crashed,
+            _ => OffReason::Unknown,
+        }),
+        sys::VIR_DOMAIN_PAUSED | sys::VIR_DOMAIN_CRASHED => Power::Paused,
+        _ => Power::Running,
+    }
+}
+
+/// libvirt packs versions as major × 1,000,000 + minor × 1,000 + release.
+fn version(packed: u32) -> String {
+    format!("{}.{}.{}", packed / 1_000_000, packed / 1_000 % 1_000, packed % 1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_unpacked() {
+        assert_eq!(version(7_002_022), "7.2.22");
+    }
+
+    #[test]
+    fn states_become_powers() {
+        assert_eq!(power((sys::VIR_DOMAIN_RUNNING, 1)), Power::Running);
+        assert_eq!(power((sys::VIR_DOMAIN_BLOCKED, 0)), Power::Running);
+        assert_eq!(power((sys::VIR_DOMAIN_SHUTDOWN, 1)), Power::Running, "on its way down");
+        assert_eq!(power((sys::VIR_DOMAIN_PAUSED, 1)), Power::Paused);
+        assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 1)), Power::Off(OffReason::Shutdown));
+        assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 0)), Power::Off(OffReason::Unknown));
+    }
+}
