@@ -3,6 +3,8 @@
 //! A broker takes seconds to start, so all cases share one and run side by side, each on topics
 //! of its own. The first to fail is named by its panic.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::sync::Arc;
