@@ -16,6 +16,7 @@ mod options;
 mod serve;
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -128,8 +129,14 @@ impl<A: Agent, S: AgentSection> Program<A, S> {
     /// Runs the program: reads the command line, does what it asks, returns the exit status.
     #[must_use]
     pub fn main(self) -> ExitCode {
+        self.main_with(std::env::args_os())
+    }
+
+    /// The same with other arguments than the process's; the first is the program's name.
+    #[must_use]
+    pub fn main_with(self, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         let started_at = Timestamp::now();
-        let options = match Options::read(A::KIND, self.version) {
+        let options = match Options::read(A::KIND, self.version, arguments) {
             Ok(options) => options,
             Err(error) => {
                 // Help and version come this way, too.
@@ -283,7 +290,7 @@ async fn run<A: Agent, S: AgentSection>(
         None => None,
     };
     readings(&metrics, &events, &ledger);
-    // LOCAL
+    serve::local(common, Arc::clone(&api), &shutdown).await?;
     let reconcile = &common.reconcile;
     let pace = Pace {
         resync: reconcile.resync(),

@@ -1,5 +1,7 @@
 //! The command line that all agents share.
 
+use std::ffi::OsString;
+
 use clap::{Args, Command, FromArgMatches, ValueEnum};
 use stackhand_model::AgentKind;
 
@@ -41,9 +43,13 @@ pub fn command(agent: AgentKind, version: &'static str) -> Command {
 }
 
 impl Options {
-    /// Reads the process's arguments.
-    pub(super) fn read(agent: AgentKind, version: &'static str) -> Result<Self, clap::Error> {
-        let matches = command(agent, version).try_get_matches()?;
+    /// Reads arguments, the program's name first.
+    pub(super) fn read(
+        agent: AgentKind,
+        version: &'static str,
+        arguments: impl IntoIterator<Item = OsString>,
+    ) -> Result<Self, clap::Error> {
+        let matches = command(agent, version).try_get_matches_from(arguments)?;
         Self::from_arg_matches(&matches)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use stackhand_bus::amqp::{AmqpTransport, AmqpUrl};
+use stackhand_bus::local::{LocalListener, LocalOptions};
 use stackhand_bus::{BusError, LinkState, ServerHandle, Transport};
 use tokio::sync::watch;
 
@@ -21,6 +22,22 @@ pub(super) struct Parts<'a> {
     pub(super) health: &'a Health,
     pub(super) metrics: &'a Metrics,
     pub(super) events: &'a EventLog,
+}
+
+/// Serves the own API on the agent's socket.
+pub(super) async fn local<A: Agent>(
+    common: &CommonSettings,
+    api: Arc<Api<A>>,
+    shutdown: &Shutdown,
+) -> Result<(), BusError> {
+    // systemd-tmpfiles makes the folder on a host; by hand the agent does. If it cannot, binding
+    // says what is wrong.
+    let _ = std::fs::create_dir_all(&common.run_dir);
+    let socket = common.socket(A::KIND.as_str());
+    let listener = LocalListener::bind(&socket, LocalOptions::default()).await?;
+    let server = listener.serve(api.service(), api)?;
+    stop_in_time(server, "requests from the local socket", common, shutdown);
+    Ok(())
 }
 
 /// Begins to connect, where a broker is configured.
