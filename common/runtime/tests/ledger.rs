@@ -1,0 +1,255 @@
+//! The ledger against a process that is killed and a disk that is full, and how fast it is.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+use stackhand_model::{AgentKind, Document, ErrorCode};
+use stackhand_runtime::api::Change;
+use stackhand_runtime::ledger::{Admit, Ledger};
+use uuid::Uuid;
+
+const FOLDER: &str = "LEDGER_FOLDER";
+const ROUND: &str = "LEDGER_ROUND";
+
+fn admit() -> Admit {
+    Arc::new(|_, _| Ok(()))
+}
+
+fn open(dir: &Path) -> Ledger {
+    Ledger::open(dir, AgentKind::Network, "compute1").unwrap()
+}
+
+/// A document of about `bytes` bytes.
+fn group(n: u128, generation: u64, bytes: usize) -> Document {
+    Document::from_value(&json!({
+        "kind": "SecurityGroup", "id": Uuid::from_u128(n), "name": format!("g{n}"),
+        "generation": generation, "labels": {"fill": "x".repeat(bytes.min(250))}, "spec": {},
+    }))
+    .unwrap()
+}
+
+/// A port with everything a port usually has.
+fn port(n: u128) -> Document {
+    Document::from_value(&json!({
+        "kind": "Port", "id": Uuid::from_u128(n), "name": format!("port-{n}"),
+        "labels": {"cloud": "default", "manifest": "first"},
+        "spec": {
+            "network": Uuid::from_u128(1), "mac": format!("fa:16:3e:{:02x}:{:02x}:{:02x}", n >> 16 & 255, n >> 8 & 255, n & 255),
+            "fixed_ips": [{"subnet": "s", "address": format!("10.{}.{}.{}", n >> 16 & 255, n >> 8 & 255, n & 255)}],
+            "host": "compute1", "owner": "instance", "security_groups": [Uuid::from_u128(2), Uuid::from_u128(3)],
+        },
+    }))
+    .unwrap()
+}
+
+/// Writes for ever and tells each document when it is accepted; the other test kills this.
+#[test]
+#[ignore = "is the program that another test starts and kills"]
+fn writes_until_killed() {
+    let dir = PathBuf::from(std::env::var(FOLDER).expect("started by hand"));
+    let round: u64 = std::env::var(ROUND).unwrap().parse().unwrap();
+    let ledger = open(&dir);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    runtime.block_on(async {
+        let writers: Vec<_> = (0..8_u128)
+            .map(|writer| {
+                let ledger = ledger.clone();
+                tokio::spawn(async move {
+                    for n in 0.. {
+                        let object = writer * 1000 + n % 50;
+                        let generation = round * 1_000_000 + u64::try_from(n).unwrap();
+                        let document = group(object, generation, 200);
+                        ledger.apply(vec![document], "req-1", false, admit()).await.unwrap();
+                        let mut out = std::io::stdout().lock();
+                        writeln!(out, "accepted {object} {generation}").unwrap();
+                        out.flush().unwrap();
+                    }
+                })
+            })
+            .collect();
+        for writer in writers {
+            writer.await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn every_document_that_was_answered_for_is_there_after_kill_at_any_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut told = std::collections::BTreeMap::new();
+    let mut total = 0;
+    for round in 1..=12_u64 {
+        #[expect(clippy::disallowed_methods, reason = "a test that starts itself")]
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "writes_until_killed", "--ignored", "--nocapture"])
+            .env(FOLDER, dir.path())
+            .env(ROUND, round.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut take = |line: String| {
+            let Some(rest) = line.strip_prefix("accepted ") else { return };
+            // The last line may be torn.
+            let mut words = rest.split(' ').map(str::parse::<u64>);
+            if let (Some(Ok(object)), Some(Ok(generation))) = (words.next(), words.next()) {
+                if generation >= round * 1_000_000 {
+                    let newest = told.entry(object).or_insert(0);
+                    *newest = generation.max(*newest);
+                    total += 1;
+                }
+            }
+        };
+        // Another moment each round: after so many lines, somewhere in a commit.
+        for _ in 0..20 + round * 37 {
+            take(lines.next().expect("the writer ended by itself").unwrap());
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for line in lines.map_while(Result::ok) {
+            take(line);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let ledger = open(dir.path());
+        let desired = ledger.desired();
+        for (&object, &generation) in &told {
+            let id = Uuid::from_u128(object.into());
+            let held = desired.objects.iter().find(|(key, _)| key.id == id);
+            let held = held.unwrap_or_else(|| panic!("round {round}: {object} is lost")).1;
+            assert!(held.document.generation >= generation, "round {round}: {object} went back");
+        }
+        runtime.block_on(ledger.close());
+    }
+    assert!(total > 3000, "only {total} documents were written");
+}
+
+/// A file system of 8 MiB, unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let size = Some("size=8m");
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), size)
+            .expect("this test mounts a tmpfs: run it as root");
+        Self(dir)
+    }
+
+    fn fill(&self) -> PathBuf {
+        let path = self.0.path().join("fill");
+        let mut file = std::fs::File::create(&path).unwrap();
+        for size in [65536, 4096, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+        path
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // The folder is removed next; a mount left over would be worse than this panic's silence.
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_and_loses_nothing_and_all_is_well_when_there_is_room() {
+    let disk = SmallDisk::new();
+    let dir = disk.0.path().join("state");
+    let ledger = open(&dir);
+    let apply = async |n: u128, generation| {
+        ledger.apply(vec![group(n, generation, 200)], "req-1", false, admit()).await
+    };
+    for n in 0..20 {
+        apply(n, 1).await.unwrap();
+    }
+    let fill = disk.fill();
+    let mut accepted = 20_u128;
+    let refused = loop {
+        // A store has some room within its file.
+        let documents = (0..200).map(|n| group(accepted * 1000 + n, 1, 250)).collect();
+        match ledger.apply(documents, "req-1", false, admit()).await {
+            Ok(_) => accepted += 1,
+            Err(refused) => break refused,
+        }
+        assert!(accepted < 2000, "the disk never got full");
+    };
+    assert_eq!(refused.code, ErrorCode::Exhausted, "{refused}");
+    assert!(refused.message.contains("free space"), "{refused}");
+    let held = ledger.desired().objects.len();
+    for _ in 0..3 {
+        let documents = (0..200).map(|n| group(900_000 + n, 1, 250)).collect();
+        let refused = ledger.apply(documents, "req-1", false, admit()).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Exhausted, "{refused}");
+    }
+    let dry = ledger.apply(vec![group(0, 1, 200)], "req-1", true, admit()).await.unwrap();
+    assert_eq!(dry.objects[0].change, Change::Unchanged, "the agent still answers");
+    assert_eq!(ledger.desired().objects.len(), held);
+
+    std::fs::remove_file(fill).unwrap();
+    apply(7, 2).await.unwrap();
+    ledger.close().await;
+    let ledger = open(&dir);
+    assert_eq!(ledger.desired().objects.len(), held);
+    ledger.close().await;
+}
+
+#[tokio::test]
+async fn ten_thousand_documents_are_kept_and_read_back_quickly() {
+    let dir = tempfile::tempdir().unwrap();
+    let ledger = open(dir.path());
+    let documents: Vec<_> = (0..10_000).map(port).collect();
+    let begin = Instant::now();
+    let applied = ledger.apply(documents, "req-1", false, admit()).await.unwrap();
+    let together = begin.elapsed();
+    assert_eq!(applied.objects.len(), 10_000);
+
+    let begin = Instant::now();
+    let callers: Vec<_> = (0..64_u128)
+        .map(|caller| {
+            let ledger = ledger.clone();
+            tokio::spawn(async move {
+                for n in 0..156 {
+                    let document = group(caller * 1000 + n, 1, 200);
+                    ledger.apply(vec![document], "req-1", false, admit()).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    let apart = begin.elapsed();
+    ledger
+        .delete(
+            (0..9984).map(|n| group(n / 156 * 1000 + n % 156, 1, 0).object()).collect(),
+            "req-1",
+            admit(),
+        )
+        .await
+        .unwrap();
+    let objects = (0..9984).map(|n| group(n / 156 * 1000 + n % 156, 1, 0).object()).collect();
+    ledger.forget(objects).await.unwrap();
+    ledger.close().await;
+
+    let begin = Instant::now();
+    let ledger = open(dir.path());
+    let reopened = begin.elapsed();
+    assert_eq!(ledger.desired().objects.len(), 10_000);
+    println!(
+        "10,000 ports in one request {together:?}; 9,984 requests of 64 callers {apart:?}; reopened in {reopened:?}"
+    );
+    // The bars are for release builds; this one is not optimised.
+    let (write, read) = if cfg!(debug_assertions) { (20.0, 5.0) } else { (2.0, 0.2) };
+    assert!(together < Duration::from_secs_f64(write), "{together:?}");
+    assert!(apart < Duration::from_secs_f64(write * 2.0), "{apart:?}");
+    assert!(reopened < Duration::from_secs_f64(read), "{reopened:?}");
+    ledger.close().await;
+}
