@@ -1,3 +1,10 @@
 //! Stackhand's network agent.
 
-fn main() {}
+use std::process::ExitCode;
+
+use stackhand_network::NetworkAgent;
+use stackhand_runtime::run::Program;
+
+fn main() -> ExitCode {
+    Program::new(env!("CARGO_PKG_VERSION"), NetworkAgent::start).main()
+}

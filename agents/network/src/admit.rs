@@ -1,0 +1,174 @@
+//! What can never work is refused before it is accepted. Pure: looks at documents alone.
+//!
+//! Refused are contradictions between documents: two ports with one address, two networks on one
+//! segment, an address outside its subnet, two ids that would give one link name. A port whose
+//! network is not known yet is accepted: it may come.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use stackhand_model::{ErrorCode, Name, NetworkId, ObjectRef, PortId, Spec};
+use stackhand_model::{NetworkSpec, NetworkType, PortOwner, PortSpec};
+use stackhand_runtime::agent::{Desired, Refusal};
+
+#[cfg(test)]
+mod tests;
+
+/// Judges a change; `changed` are the objects it is about.
+///
+/// # Errors
+///
+/// Names the object, the field and the other object that it contradicts.
+pub fn admit(wanted: &Desired, changed: &BTreeSet<ObjectRef>) -> Result<(), Refusal> {
+    let mut networks: BTreeMap<NetworkId, (&Name, &NetworkSpec)> = BTreeMap::new();
+    let mut ports: BTreeMap<PortId, (&Name, &PortSpec)> = BTreeMap::new();
+    for (object, held) in wanted.objects.iter().filter(|(_, held)| !held.deleting) {
+        match &held.document.spec {
+            Spec::Network(spec) => {
+                networks.insert(NetworkId(object.id), (&held.document.name, spec));
+            }
+            Spec::Port(spec) => {
+                ports.insert(PortId(object.id), (&held.document.name, spec));
+            }
+            _ => {}
+        }
+    }
+    let judge = Judge { networks, ports, changed };
+    judge.network_pairs()?;
+    judge.port_pairs()?;
+    judge.ports_on_networks()
+}
+
+struct Judge<'a> {
+    networks: BTreeMap<NetworkId, (&'a Name, &'a NetworkSpec)>,
+    ports: BTreeMap<PortId, (&'a Name, &'a PortSpec)>,
+    changed: &'a BTreeSet<ObjectRef>,
+}
+
+impl Judge<'_> {
+    /// Of two that contradict each other the changed one is refused; an old quarrel is not.
+    fn clash(
+        &self,
+        (one, one_name): (ObjectRef, &Name),
+        (other, other_name): (ObjectRef, &Name),
+        field: &str,
+        what: &str,
+    ) -> Result<(), Refusal> {
+        let (to_blame, blamed, against) = if self.changed.contains(&one) {
+            (one, one_name, other_name)
+        } else if self.changed.contains(&other) {
+            (other, other_name, one_name)
+        } else {
+            return Ok(());
+        };
+        let kind = to_blame.kind;
+        let message = format!("{kind} {blamed}: {field}: {what} is that of {kind} {against}, too");
+        Err(Refusal::new(ErrorCode::Conflict, message).about(to_blame).at(field))
+    }
+
+    fn network_pairs(&self) -> Result<(), Refusal> {
+        let mut segments = BTreeMap::new();
+        let mut names = BTreeMap::new();
+        for (&id, &(name, spec)) in &self.networks {
+            let this = (id.object(), name);
+            let segment =
+                (kind_number(spec.network_type), spec.physical_network.as_deref(), spec.segment);
+            if spec.network_type != NetworkType::Local
+                && let Some(other) = segments.insert(segment, this)
+            {
+                let (field, what) = match (spec.segment, &spec.physical_network) {
+                    (Some(segment), _) => ("spec.segment", format!("segment {segment}")),
+                    (None, Some(physical)) => {
+                        ("spec.physical_network", format!("physical network {physical}"))
+                    }
+                    (None, None) => ("spec.type", "this type".to_owned()),
+                };
+                self.clash(this, other, field, &what)?;
+            }
+            if let Some(other) = names.insert(id.short(), this) {
+                self.clash(this, other, "id", &format!("the beginning {:?}", id.short()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn port_pairs(&self) -> Result<(), Refusal> {
+        let mut macs = BTreeMap::new();
+        let mut addresses: BTreeMap<(NetworkId, IpAddr), (ObjectRef, &Name)> = BTreeMap::new();
+        let mut names = BTreeMap::new();
+        for (&id, &(name, spec)) in &self.ports {
+            let this = (id.object(), name);
+            if let Some(other) = macs.insert((spec.network, spec.mac), this) {
+                self.clash(this, other, "spec.mac", &spec.mac.to_string())?;
+            }
+            for (index, fixed) in spec.fixed_ips.iter().enumerate() {
+                if let Some(other) = addresses.insert((spec.network, fixed.address), this) {
+                    let field = format!("spec.fixed_ips[{index}].address");
+                    self.clash(this, other, &field, &fixed.address.to_string())?;
+                }
+            }
+            if let Some(other) = names.insert(id.short(), this) {
+                self.clash(this, other, "id", &format!("the beginning {:?}", id.short()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ports_on_networks(&self) -> Result<(), Refusal> {
+        for (&id, &(name, spec)) in &self.ports {
+            let network_changed = self.changed.contains(&spec.network.object());
+            if !network_changed && !self.changed.contains(&id.object()) {
+                continue;
+            }
+            let Some((network_name, network)) = self.networks.get(&spec.network) else { continue };
+            for (index, fixed) in spec.fixed_ips.iter().enumerate() {
+                let at = |field: &str| format!("spec.fixed_ips[{index}].{field}");
+                let refuse = |field: &str, text: String| {
+                    let message = format!("Port {name}: {}: {text}", at(field));
+                    Err(Refusal::new(ErrorCode::Conflict, message)
+                        .about(id.object())
+                        .at(&at(field)))
+                };
+                let Some(subnet) = network.subnet(&fixed.subnet) else {
+                    let known: Vec<String> =
+                        network.subnets.iter().map(|subnet| subnet.name.to_string()).collect();
+                    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                    return refuse(
+                        "subnet",
+                        format!(
+                            "network {network_name} has no subnet {}; it has {known}",
+                            fixed.subnet
+                        ),
+                    );
+                };
+                if !subnet.cidr.contains(&fixed.address) {
+                    return refuse(
+                        "address",
+                        format!(
+                            "{} is not in {} of subnet {}",
+                            fixed.address, subnet.cidr, subnet.name
+                        ),
+                    );
+                }
+                if subnet.dhcp_address == Some(fixed.address) && spec.owner != PortOwner::Dhcp {
+                    return refuse(
+                        "address",
+                        format!("{} is the dhcp_address of subnet {}", fixed.address, subnet.name),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn kind_number(kind: NetworkType) -> u8 {
+    match kind {
+        NetworkType::Local => 0,
+        NetworkType::Flat => 1,
+        NetworkType::Vlan => 2,
+        NetworkType::Vxlan => 3,
+        NetworkType::Gre => 4,
+        NetworkType::Geneve => 5,
+    }
+}

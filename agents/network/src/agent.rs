@@ -1,0 +1,336 @@
+//! The network agent as the runtime sees it: admit, plan, pass, facts.
+//!
+//! A pass: look; compute what is wanted; plan; do the steps of objects that are due; look again if
+//! anything was done, because only what is seen counts; hand new tables to the DHCP servers; tell
+//! how each object came out.
+
+mod outcome;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stackhand_kernel::{Chain, KernelError};
+use stackhand_model::{AgentKind, ErrorCode, ObjectRef};
+use stackhand_runtime::agent::{
+    Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
+};
+use stackhand_runtime::run::{AgentContext, StartError};
+use stackhand_runtime::wake::Wake;
+use tracing::{debug, info, warn};
+
+use crate::desired::{FIREWALL, HostWish, Local, host_wish};
+use crate::dhcp::Ignored;
+use crate::dhcp::server::{self, Servers};
+use crate::l2::netlink::NetlinkHost;
+use crate::l2::{At, HostNet, Plan, Seen, Step, plan};
+use crate::settings::NetworkSettings;
+use crate::watch::Watcher;
+use crate::{admit, probe};
+
+/// The network agent.
+#[derive(Debug)]
+pub struct NetworkAgent {
+    local: Local,
+    grace: Duration,
+    host: NetlinkHost,
+    watcher: Watcher,
+    wake: Wake,
+    servers: tokio::sync::Mutex<Servers>,
+    dhcp: Arc<server::Counters>,
+    /// When each orphan was seen first.
+    orphans: Mutex<BTreeMap<At, Instant>>,
+    /// Objects that an event may help, as of the last pass.
+    stuck: Arc<Mutex<BTreeSet<ObjectRef>>>,
+    /// What the last pass found wrong with the host as a whole.
+    troubles: Mutex<Vec<String>>,
+    abilities: tokio::sync::OnceCell<Value>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why an agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartProblem {
+    /// A user or group of the settings does not exist.
+    #[error("network.{key}: this host has no {what} {name:?}")]
+    NoSuchName {
+        /// The setting.
+        key: &'static str,
+        /// User or group.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The kernel does not let us listen.
+    #[error("cannot listen to changes of the network")]
+    Listen(#[source] KernelError),
+}
+
+impl NetworkAgent {
+    /// Starts the agent with what the runtime gives it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a user or group of the settings does not exist, or if netlink is out of reach.
+    pub async fn start(context: AgentContext<NetworkSettings>) -> Result<Self, StartError> {
+        let local = local(&context.host, &context.settings.agent)?;
+        let grace = Duration::from_secs(context.settings.agent.orphan_grace_seconds);
+        Ok(Self::new(local, grace, context.wake)?)
+    }
+
+    /// An agent for the network that the calling thread sees. Must be called inside a tokio
+    /// runtime. Orphans are swept once they were seen for `grace`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if netlink is out of reach.
+    pub fn new(local: Local, grace: Duration, wake: Wake) -> Result<Self, StartProblem> {
+        let stuck: Arc<Mutex<BTreeSet<ObjectRef>>> = Arc::default();
+        let (ears, helped) = (wake.clone(), Arc::clone(&stuck));
+        let watcher =
+            Watcher::start(Arc::new(move || ears.objects_changed(lock(&helped).iter().copied())))
+                .map_err(StartProblem::Listen)?;
+        let servers = Servers::default();
+        Ok(Self {
+            local,
+            grace,
+            host: NetlinkHost::new(),
+            watcher,
+            wake,
+            dhcp: servers.counters(),
+            servers: tokio::sync::Mutex::new(servers),
+            orphans: Mutex::default(),
+            stuck,
+            troubles: Mutex::default(),
+            abilities: tokio::sync::OnceCell::new(),
+        })
+    }
+
+    /// Orphans whose time is up. Remembers those that are new and asks for a pass when theirs is.
+    fn sweepable(&self, orphans: &BTreeSet<At>) -> BTreeSet<At> {
+        let now = Instant::now();
+        let mut known = lock(&self.orphans);
+        known.retain(|at, _| orphans.contains(at));
+        for at in orphans {
+            if !known.contains_key(at) {
+                known.insert(at.clone(), now);
+                info!(link = %at, grace = ?self.grace, "found what nobody wants any more");
+                let (wake, grace) = (self.wake.clone(), self.grace);
+                tokio::spawn(async move {
+                    tokio::time::sleep(grace).await;
+                    wake.host_changed();
+                });
+            }
+        }
+        let due = |since: &Instant| now.duration_since(*since) >= self.grace;
+        known.iter().filter(|(_, since)| due(since)).map(|(at, _)| at.clone()).collect()
+    }
+
+    async fn perform(
+        &self,
+        steps: &[Step],
+        due: &BTreeSet<ObjectRef>,
+    ) -> (u64, BTreeMap<ObjectRef, String>) {
+        let mut failed: BTreeMap<ObjectRef, String> = BTreeMap::new();
+        let mut tried = 0;
+        for Step { object, change } in steps {
+            if object.is_some_and(|object| !due.contains(&object)) {
+                continue;
+            }
+            tried += 1;
+            match self.host.apply(change).await {
+                Ok(()) => debug!(object = object.map(tracing::field::display), %change, "done"),
+                Err(error) => {
+                    let reason = format!("cannot {change}: {}", Chain(&error));
+                    warn!(object = object.map(tracing::field::display), "{reason}");
+                    if let Some(object) = object {
+                        failed.entry(*object).or_insert(reason);
+                    }
+                }
+            }
+        }
+        (tried, failed)
+    }
+
+    /// Lets go of namespaces that are to be deleted: a socket in one would keep it.
+    async fn let_go(&self, wish: &HostWish) {
+        self.watcher.leave(|space| !wish.l2.spaces.contains_key(space));
+        self.servers.lock().await.retain(|network| wish.dhcp.contains_key(&network));
+    }
+
+    /// Hands the servers their tables and starts those that do not run.
+    async fn serve(
+        &self,
+        wish: &HostWish,
+        seen: &Seen,
+        troubled: &mut BTreeMap<ObjectRef, String>,
+    ) {
+        let mut servers = self.servers.lock().await;
+        for (network, service) in &wish.dhcp {
+            let at = At::inside(service.space.clone(), service.link.clone());
+            let link = seen.links.get(&at);
+            let found = link.and_then(|link| link.mac).zip(self.host.known_index(&at));
+            let Some((mac, index)) = found else { continue };
+            let wanted = server::Wanted {
+                space: service.space.clone(),
+                link: service.link.clone(),
+                index,
+                mac,
+                table: Arc::new(service.table.clone()),
+            };
+            if let Err(error) = servers.serve(*network, &wanted).await {
+                let reason = format!("cannot serve DHCP: {}", Chain(&error));
+                troubled.entry(network.object()).or_insert(reason);
+            }
+        }
+        let names: Vec<String> = wish.l2.spaces.keys().cloned().collect();
+        self.watcher.follow(&names).await;
+    }
+
+    async fn look_and_plan(
+        &self,
+        desired: &Desired,
+    ) -> Result<(HostWish, Seen, Plan), KernelError> {
+        let seen = self.host.observe().await?;
+        let wish = host_wish(desired, &self.local, &seen);
+        let orphans = plan(&wish.l2, &seen, &BTreeSet::new()).orphans;
+        let sweep = self.sweepable(&orphans);
+        let made = plan(&wish.l2, &seen, &sweep);
+        Ok((wish, seen, made))
+    }
+}
+
+impl Agent for NetworkAgent {
+    const KIND: AgentKind = AgentKind::Network;
+
+    fn admit(&self, wanted: &Desired, changed: &BTreeSet<ObjectRef>) -> Result<(), Refusal> {
+        admit::admit(wanted, changed)
+    }
+
+    async fn plan(&self, wanted: Arc<Desired>) -> Result<Vec<PlannedStep>, Refusal> {
+        let (_, _, made) = self.look_and_plan(&wanted).await.map_err(|error| {
+            Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {}", Chain(&error)))
+        })?;
+        let planned =
+            |step: Step| PlannedStep { object: step.object, change: step.change.to_string() };
+        Ok(made.steps.into_iter().map(planned).collect())
+    }
+
+    async fn pass(&self, work: Work) -> PassReport {
+        let before = self.host.writes();
+        self.watcher.about_to_look().await;
+        let (wish, seen, made) = match self.look_and_plan(&work.desired).await {
+            Ok(looked) => looked,
+            Err(error) => {
+                let reason = format!("cannot look at the host's network: {}", Chain(&error));
+                *lock(&self.troubles) = vec![reason.clone()];
+                let failed = |object: &ObjectRef| (*object, Outcome::failed(reason.clone()));
+                return PassReport { outcomes: work.due.iter().map(failed).collect(), writes: 0 };
+            }
+        };
+        self.let_go(&wish).await;
+        let (tried, mut failed) = self.perform(&made.steps, &work.due).await;
+        let (wish, seen, left) = if tried == 0 {
+            (wish, seen, made)
+        } else {
+            self.watcher.about_to_look().await;
+            match self.look_and_plan(&work.desired).await {
+                Ok(looked) => looked,
+                Err(error) => {
+                    warn!(error = %Chain(&error), "cannot look at the host after changing it");
+                    (wish, seen, made)
+                }
+            }
+        };
+        self.serve(&wish, &seen, &mut failed).await;
+        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed);
+        let is_stuck =
+            |outcome: &Outcome| matches!(outcome, Outcome::Failed { .. } | Outcome::Pending { .. });
+        let stuck = outcomes.iter().filter(|(_, outcome)| is_stuck(outcome));
+        let stuck: BTreeSet<ObjectRef> = stuck.map(|(object, _)| *object).collect();
+        {
+            let mut known = lock(&self.stuck);
+            known.retain(|object| !work.due.contains(object));
+            known.extend(stuck);
+        }
+        *lock(&self.troubles) = outcome::troubles(&work.desired, &left);
+        PassReport { outcomes, writes: self.host.writes() - before }
+    }
+
+    async fn act(&self, action: Action) -> Result<Value, Refusal> {
+        let message = format!(
+            "{} has no action {:?}; the network agent has none, it repairs by itself",
+            action.object, action.name
+        );
+        Err(Refusal::new(ErrorCode::Unsupported, message).about(action.object))
+    }
+
+    async fn facts(&self) -> Value {
+        let abilities = self.abilities.get_or_init(probe::abilities).await.clone();
+        let links = match self.host.observe().await {
+            Ok(seen) => outcome::link_facts(&seen),
+            Err(error) => json!({"error": Chain(&error).to_string()}),
+        };
+        let ignored: BTreeMap<&str, u64> = Ignored::ALL
+            .into_iter()
+            .map(|reason| (reason.as_str(), self.dhcp.ignored(reason)))
+            .collect();
+        json!({
+            "kernel": probe::kernel(),
+            "abilities": abilities,
+            "network_types": ["local", "flat", "vxlan"],
+            "firewall": {"enforced": false, "reason": FIREWALL},
+            "links": links,
+            "vxlan_port": self.local.vxlan_port,
+            "writes": self.host.writes(),
+            "dhcp": {
+                "networks": self.servers.lock().await.networks().count(),
+                "answered": self.dhcp.answered(),
+                "refused": self.dhcp.refused(),
+                "failed": self.dhcp.failed(),
+                "ignored": ignored,
+            },
+        })
+    }
+
+    fn troubles(&self) -> Vec<String> {
+        lock(&self.troubles).clone()
+    }
+}
+
+/// The user that libvirt runs guests as where nobody changed that.
+const GUESTS: &str = "libvirt-qemu";
+
+fn local(host: &str, settings: &NetworkSettings) -> Result<Local, StartProblem> {
+    let user = |name: &str| {
+        nix::unistd::User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
+    };
+    let tap_user = match &settings.tap_user {
+        Some(name) => user(name).ok_or_else(|| StartProblem::NoSuchName {
+            key: "tap_user",
+            what: "user",
+            name: name.clone(),
+        })?,
+        // Root, not nobody in particular: a tap without an owner is everybody's.
+        None => user(GUESTS).unwrap_or(0),
+    };
+    let group = |name: &String| {
+        let found = nix::unistd::Group::from_name(name).ok().flatten();
+        found.map(|group| group.gid.as_raw()).ok_or_else(|| StartProblem::NoSuchName {
+            key: "tap_group",
+            what: "group",
+            name: name.clone(),
+        })
+    };
+    Ok(Local {
+        host: host.to_owned(),
+        tap_user: Some(tap_user),
+        tap_group: settings.tap_group.as_ref().map(group).transpose()?,
+        vxlan_port: settings.vxlan_port,
+        lease_seconds: settings.dhcp_lease_seconds,
+    })
+}

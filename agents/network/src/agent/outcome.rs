@@ -1,0 +1,221 @@
+//! How each object came out of a pass, from what is wanted, seen, left to do and failed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Map, Value, json};
+use stackhand_model::{Document, NetworkId, ObjectRef, PortId, Spec};
+use stackhand_model::{PortOwner, PortSpec};
+use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
+
+use crate::desired::{FIREWALL, HostWish, Standing};
+use crate::l2::{At, Owner, Plan, Seen, SeenKind};
+use crate::names;
+
+/// How the objects that were due came out.
+pub(super) fn outcomes(
+    work: &Work,
+    wish: &HostWish,
+    seen: &Seen,
+    left: &Plan,
+    failed: &BTreeMap<ObjectRef, String>,
+) -> BTreeMap<ObjectRef, Outcome> {
+    let marked: BTreeSet<ObjectRef> = seen
+        .links
+        .values()
+        .map(|link| &link.owner)
+        .chain(seen.spaces.values())
+        .filter_map(|owner| match owner {
+            Owner::Ours(mark) => Some(mark.object()),
+            _ => None,
+        })
+        .collect();
+    // What was to be done and still is, although every step said that it had worked.
+    let mut undone: BTreeMap<ObjectRef, String> = BTreeMap::new();
+    for step in &left.steps {
+        if let Some(object) = step.object {
+            undone.entry(object).or_insert_with(|| format!("did not hold: {}", step.change));
+        }
+    }
+    let host = Host { wish, seen, left, failed, undone, marked };
+    let of = |object: &ObjectRef| {
+        work.desired
+            .objects
+            .get(object)
+            .map(|held| (*object, host.outcome(*object, held, &work.desired)))
+    };
+    work.due.iter().filter_map(of).collect()
+}
+
+struct Host<'a> {
+    wish: &'a HostWish,
+    seen: &'a Seen,
+    left: &'a Plan,
+    failed: &'a BTreeMap<ObjectRef, String>,
+    undone: BTreeMap<ObjectRef, String>,
+    marked: BTreeSet<ObjectRef>,
+}
+
+impl Host<'_> {
+    fn outcome(&self, object: ObjectRef, held: &Held, desired: &Desired) -> Outcome {
+        let observed = self.observed(&held.document);
+        let trouble = self.failed.get(&object).or_else(|| self.undone.get(&object)).cloned();
+        if held.deleting {
+            return match trouble {
+                Some(reason) => Outcome::Failed { reason, observed },
+                None if self.marked.contains(&object) => {
+                    Outcome::Pending { reason: self.why_it_stays(object, desired), observed }
+                }
+                None => Outcome::Gone,
+            };
+        }
+        let problem = self.left.problems.get(&object).cloned();
+        let standing = self.wish.standing.get(&object);
+        if let Some(Standing::Failed(reason)) = standing {
+            return Outcome::Failed { reason: reason.clone(), observed };
+        }
+        if let Some(reason) = problem.or(trouble) {
+            return Outcome::Failed { reason, observed };
+        }
+        let waits = match standing {
+            Some(Standing::Pending(reason)) => Some(reason.clone()),
+            _ => self.left.waiting.get(&object).cloned(),
+        };
+        if let Some(reason) = waits.or_else(|| self.waits_for_network(&held.document)) {
+            return Outcome::Pending { reason, observed };
+        }
+        Outcome::Active { observed }
+    }
+
+    /// A port is not connected while its network's bridge has a problem.
+    fn waits_for_network(&self, document: &Document) -> Option<String> {
+        let Spec::Port(port) = &document.spec else { return None };
+        let network = port.network.object();
+        let is_here = self.wish.l2.links.contains_key(&At::host(names::tap(PortId(document.id))));
+        let problem = self
+            .left
+            .problems
+            .get(&network)
+            .or_else(|| self.failed.get(&network))
+            .filter(|_| is_here)?;
+        Some(format!("waits for its network: {problem}"))
+    }
+
+    fn why_it_stays(&self, object: ObjectRef, desired: &Desired) -> String {
+        let ports = desired.objects.values().filter(|held| match &held.document.spec {
+            Spec::Port(port) => !held.deleting && port.network.object() == object,
+            _ => false,
+        });
+        match ports.count() {
+            0 => "its links are going".to_owned(),
+            count => format!("waits for {count} ports of it to be deleted"),
+        }
+    }
+
+    fn observed(&self, document: &Document) -> Value {
+        match &document.spec {
+            Spec::Port(port) => self.port(PortId(document.id), port),
+            Spec::Network(_) => self.network(NetworkId(document.id)),
+            Spec::SecurityGroup(_) => json!({"enforced": false}),
+            _ => Value::Null,
+        }
+    }
+
+    fn port(&self, id: PortId, port: &PortSpec) -> Value {
+        let at = At::host(names::tap(id));
+        let mut facts = Map::new();
+        if let Some(link) = self.seen.links.get(&at) {
+            facts.insert("link".into(), json!(at.link));
+            facts.insert("mtu".into(), json!(link.mtu));
+            facts.insert("up".into(), json!(link.up));
+            facts.insert("carrier".into(), json!(link.carrier));
+            facts.insert("bridge".into(), json!(link.bridge));
+            let guarded = port.port_security && port.owner == PortOwner::Instance;
+            if guarded {
+                facts.insert("filtered".into(), json!(false));
+            }
+        } else {
+            facts.insert("host".into(), json!(port.host));
+        }
+        Value::Object(facts)
+    }
+
+    fn network(&self, id: NetworkId) -> Value {
+        let Some(wired) = self.wish.wired.get(&id) else { return json!({"wired": false}) };
+        let mut facts = json!({
+            "wired": true,
+            "bridge": wired.bridge,
+            "uplink": wired.uplink,
+            "mtu": wired.mtu,
+        });
+        // Links that somebody put into our bridge: told, not touched.
+        let guests: Vec<&str> = self
+            .seen
+            .links
+            .iter()
+            .filter(|(at, link)| {
+                link.bridge.as_ref() == Some(&wired.bridge)
+                    && at.space.is_none()
+                    && !self.wish.l2.links.contains_key(at)
+            })
+            .map(|(at, _)| at.link.as_str())
+            .collect();
+        if !guests.is_empty() {
+            facts["foreign_ports"] = json!(guests);
+        }
+        if let Some(service) = self.wish.dhcp.get(&id) {
+            let servers: Vec<String> =
+                service.table.scopes.iter().map(|scope| scope.server.to_string()).collect();
+            facts["dhcp"] = json!({
+                "namespace": service.space,
+                "servers": servers,
+                "leases": service.table.clients.len(),
+            });
+        }
+        facts
+    }
+}
+
+/// What is wrong with the host as a whole.
+pub(super) fn troubles(desired: &Desired, left: &Plan) -> Vec<String> {
+    let mut troubles = Vec::new();
+    let unfiltered = desired.objects.values().any(|held| match &held.document.spec {
+        Spec::Port(port) => port.port_security && port.owner == PortOwner::Instance,
+        _ => false,
+    });
+    if unfiltered {
+        troubles.push(format!("security groups and anti-spoofing are {FIREWALL}"));
+    }
+    if !left.orphans.is_empty() {
+        let names: Vec<String> = left.orphans.iter().map(At::to_string).collect();
+        troubles.push(format!(
+            "no document speaks of {}; they are deleted after network.orphan_grace_seconds",
+            names.join(", ")
+        ));
+    }
+    troubles
+}
+
+/// The host's own links, for controllers.
+pub(super) fn link_facts(seen: &Seen) -> Value {
+    let is_hosts = |kind: &SeenKind| matches!(kind, SeenKind::Other(_) | SeenKind::Pair);
+    let facts: Map<String, Value> = seen
+        .links
+        .iter()
+        .filter(|(at, link)| {
+            at.space.is_none() && is_hosts(&link.kind) && matches!(link.owner, Owner::Foreign(_))
+        })
+        .take(100)
+        .map(|(at, link)| {
+            let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
+            let facts = json!({
+                "mtu": link.mtu,
+                "up": link.up,
+                "address": link.mac.map(|mac| mac.to_string()),
+                "addresses": addresses,
+                "bridge": link.bridge,
+            });
+            (at.link.clone(), facts)
+        })
+        .collect();
+    Value::Object(facts)
+}

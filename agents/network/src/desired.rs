@@ -1,0 +1,499 @@
+//! From documents to what is wanted of this host. Pure.
+//!
+//! A network is *wired* here when the host has a port of it that needs a tap, or serves its DHCP.
+//! Ports of other hosts are wanted as forwarding entries and neighbours of their network's overlay.
+//!
+//! What the host's underlay looks like (which link has the tunnel address, what MTU it has) is
+//! taken from what was seen, because documents leave the MTU open on purpose.
+
+mod dhcp;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use stackhand_kernel::netlink::{BridgePort, Tap, Vxlan};
+use stackhand_model::{Document, NetworkId, ObjectRef, PortId, Spec};
+use stackhand_model::{HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
+use stackhand_runtime::agent::Desired;
+
+use crate::dhcp::Table;
+use crate::l2::{At, BRIDGE, Forwarding, Make, Seen, SeenKind, Set, Wanted, Wish};
+use crate::names::{self, Mark};
+
+/// What this host is, as far as documents do not say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Local {
+    /// Its name in the cloud.
+    pub host: String,
+    /// User that may attach to taps.
+    pub tap_user: Option<u32>,
+    /// Group that may attach to taps.
+    pub tap_group: Option<u32>,
+    /// UDP port of VXLAN.
+    pub vxlan_port: u16,
+    /// Seconds that a DHCP lease lasts.
+    pub lease_seconds: u32,
+}
+
+/// Everything that is wanted of this host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HostWish {
+    /// Links and forwarding.
+    pub l2: Wish,
+    /// DHCP servers.
+    pub dhcp: BTreeMap<NetworkId, DhcpService>,
+    /// Networks that are wired here.
+    pub wired: BTreeMap<NetworkId, Wired>,
+    /// What documents alone say about an object: why it cannot be active.
+    pub standing: BTreeMap<ObjectRef, Standing>,
+}
+
+/// How a network is wired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wired {
+    /// Its bridge.
+    pub bridge: String,
+    /// Its link to other hosts.
+    pub uplink: Option<String>,
+    /// Largest IP packet in bytes.
+    pub mtu: u32,
+}
+
+/// A DHCP server that is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DhcpService {
+    /// Its namespace.
+    pub space: String,
+    /// Its link there.
+    pub link: String,
+    /// What it tells.
+    pub table: Table,
+}
+
+/// Why an object is not active whatever the host does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It waits for something that may come by itself.
+    Pending(String),
+    /// Somebody has to act.
+    Failed(String),
+}
+
+/// Computes what is wanted of this host.
+#[must_use]
+pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
+    let documents = Documents::sort(desired, &local.host);
+    let mut builder = Builder { local, seen, documents: &documents, wish: HostWish::default() };
+    builder.wish.l2.known = desired.objects.keys().copied().collect();
+    builder.host_document();
+    for (&id, &network) in &documents.networks {
+        builder.network(id, network);
+    }
+    builder.ports_without_network();
+    builder.not_built_yet();
+    builder.wish
+}
+
+/// The documents by kind, without those that are to go.
+#[derive(Debug, Default)]
+struct Documents<'a> {
+    networks: BTreeMap<NetworkId, &'a NetworkSpec>,
+    ports: BTreeMap<NetworkId, BTreeMap<PortId, &'a PortSpec>>,
+    /// Tunnel addresses by host name.
+    tunnels: BTreeMap<&'a str, IpAddr>,
+    own: Option<(ObjectRef, &'a HostSpec)>,
+    others: Vec<&'a Document>,
+    leaving: BTreeMap<PortId, &'a PortSpec>,
+}
+
+impl<'a> Documents<'a> {
+    fn sort(desired: &'a Desired, host: &str) -> Self {
+        let mut documents = Self::default();
+        for (object, held) in &desired.objects {
+            let document = held.document.as_ref();
+            match &document.spec {
+                Spec::Port(port) if held.deleting => {
+                    documents.leaving.insert(PortId(object.id), port);
+                }
+                _ if held.deleting => {}
+                Spec::Network(network) => {
+                    documents.networks.insert(NetworkId(object.id), network);
+                }
+                Spec::Port(port) => {
+                    documents
+                        .ports
+                        .entry(port.network)
+                        .or_default()
+                        .insert(PortId(object.id), port);
+                }
+                Spec::Host(spec) => {
+                    if document.name.as_str() == host {
+                        documents.own = Some((*object, spec));
+                    }
+                    if let Some(address) = spec.tunnel_address {
+                        documents.tunnels.insert(document.name.as_str(), address);
+                    }
+                }
+                _ => documents.others.push(document),
+            }
+        }
+        documents
+    }
+
+    fn ports_of(&self, network: NetworkId) -> impl Iterator<Item = (PortId, &'a PortSpec)> {
+        self.ports.get(&network).into_iter().flatten().map(|(id, port)| (*id, *port))
+    }
+}
+
+/// The way out of a network, and the largest packet that fits through it.
+struct Uplink {
+    limit: u32,
+    default_mtu: u32,
+    /// What limits it, for messages.
+    by: String,
+    kind: UplinkKind,
+}
+
+enum UplinkKind {
+    None,
+    Flat { link: String },
+    Vxlan { vni: u32, local: IpAddr },
+}
+
+struct Builder<'a> {
+    local: &'a Local,
+    seen: &'a Seen,
+    documents: &'a Documents<'a>,
+    wish: HostWish,
+}
+
+impl Builder<'_> {
+    fn fail(&mut self, object: ObjectRef, reason: impl Into<String>) {
+        self.wish.standing.entry(object).or_insert_with(|| Standing::Failed(reason.into()));
+    }
+
+    fn wait(&mut self, object: ObjectRef, reason: impl Into<String>) {
+        self.wish.standing.entry(object).or_insert_with(|| Standing::Pending(reason.into()));
+    }
+
+    /// Wants a link; of two that want the same name the first keeps it.
+    fn want(&mut self, at: At, wanted: Wanted) -> bool {
+        if let Some(first) = self.wish.l2.links.get(&at) {
+            let reason = format!("link {at} is taken by {}", first.object);
+            self.fail(wanted.object, reason);
+            return false;
+        }
+        self.wish.l2.links.insert(at, wanted);
+        true
+    }
+
+    /// Says what of this host's own document does not match the host.
+    fn host_document(&mut self) {
+        let Some((object, spec)) = self.documents.own else { return };
+        for (physical, link) in &spec.bridge_mappings {
+            if !self.seen.links.contains_key(&At::host(link.clone())) {
+                self.fail(
+                    object,
+                    format!(
+                        "bridge_mappings.{physical}: this host has no link {link}; create it or \
+                         correct the mapping"
+                    ),
+                );
+            }
+        }
+        if let Some(address) = spec.tunnel_address
+            && self.link_with(address).is_none()
+        {
+            self.fail(
+                object,
+                format!(
+                    "tunnel_address: no link of this host has {address}; add the address or \
+                     correct the document"
+                ),
+            );
+        }
+    }
+
+    /// The link that has an address, and its MTU.
+    fn link_with(&self, address: IpAddr) -> Option<(&str, u32)> {
+        self.seen.links.iter().find_map(|(at, link)| {
+            let has = link.addresses.iter().any(|net| net.addr() == address);
+            (at.space.is_none() && has).then_some((at.link.as_str(), link.mtu))
+        })
+    }
+
+    fn network(&mut self, id: NetworkId, network: &NetworkSpec) {
+        let here: Vec<(PortId, &PortSpec)> =
+            self.documents.ports_of(id).filter(|(_, port)| port.host == self.local.host).collect();
+        let has_taps = here.iter().any(|(_, port)| needs_tap(port));
+        let serves = dhcp::serves(network, &self.local.host, has_taps);
+        if !has_taps && !serves {
+            return self.remote_ports(id, network, None);
+        }
+        let uplink = match self.uplink(network) {
+            Ok(uplink) => uplink,
+            Err(reason) => {
+                self.ports_wait(&here, &format!("waits for its network: {reason}"));
+                return self.fail(id.object(), reason);
+            }
+        };
+        let mtu = network.mtu.unwrap_or(uplink.default_mtu);
+        if mtu > uplink.limit {
+            let reason = format!(
+                "mtu {mtu} does not fit through {}, which leaves {}; lower spec.mtu or raise the \
+                 link's MTU",
+                uplink.by, uplink.limit
+            );
+            self.ports_wait(&here, &format!("waits for its network: {reason}"));
+            return self.fail(id.object(), reason);
+        }
+        let bridge = names::bridge(id);
+        let wanted = Wanted {
+            object: id.object(),
+            make: Make::Bridge,
+            set: Set {
+                mark: Some(Mark::Network(id)),
+                mtu: Some(mtu),
+                up: Some(true),
+                ipv6_off: Some(true),
+                as_bridge: Some(BRIDGE),
+                ..Set::default()
+            },
+            addresses: None,
+        };
+        if !self.want(At::host(bridge.clone()), wanted) {
+            return self.ports_wait(&here, "waits for its network, whose bridge cannot be made");
+        }
+        let dhcp = serves.then(|| self.dhcp(id, network, mtu, &bridge)).flatten();
+        // Every host answers its own guests from the same address: the servers must not meet.
+        let kept_apart = dhcp.is_some_and(|kept_apart| kept_apart);
+        let uplink = self.wire_uplink(id, &uplink, mtu, &bridge, kept_apart);
+        for (port_id, port) in here {
+            self.local_port(port_id, port, mtu, &bridge);
+        }
+        self.remote_ports(id, network, uplink.as_deref());
+        self.wish.wired.insert(id, Wired { bridge, uplink, mtu });
+    }
+
+    fn ports_wait(&mut self, ports: &[(PortId, &PortSpec)], reason: &str) {
+        for (id, _) in ports {
+            self.wait(id.object(), reason);
+        }
+    }
+
+    /// How the network's frames leave the host, or why they cannot.
+    fn uplink(&self, network: &NetworkSpec) -> Result<Uplink, String> {
+        let own = self.documents.own.map(|(_, spec)| spec);
+        let host = &self.local.host;
+        match network.network_type {
+            NetworkType::Local => Ok(Uplink {
+                limit: 65535,
+                default_mtu: 1500,
+                by: "a local bridge".to_owned(),
+                kind: UplinkKind::None,
+            }),
+            NetworkType::Flat => {
+                let physical = network.physical_network.as_deref().unwrap_or_default();
+                let link =
+                    own.and_then(|spec| spec.bridge_mappings.get(physical)).ok_or_else(|| {
+                        format!(
+                            "host {host} has no link to physical network {physical:?}; add it to \
+                             bridge_mappings of its Host document"
+                        )
+                    })?;
+                let seen = self.seen.links.get(&At::host(link.clone())).ok_or_else(|| {
+                    format!("link {link} of physical network {physical:?} does not exist")
+                })?;
+                if seen.kind == SeenKind::Loopback {
+                    return Err(format!(
+                        "link {link} is the loopback link, which cannot be bridged"
+                    ));
+                }
+                if let Some(net) = seen.addresses.first() {
+                    return Err(format!(
+                        "link {link} of physical network {physical:?} has address {net}, which \
+                         would be cut off; use a link without addresses"
+                    ));
+                }
+                Ok(Uplink {
+                    limit: seen.mtu,
+                    default_mtu: seen.mtu,
+                    by: format!("link {link}"),
+                    kind: UplinkKind::Flat { link: link.clone() },
+                })
+            }
+            NetworkType::Vxlan => {
+                let local = own.and_then(|spec| spec.tunnel_address).ok_or_else(|| {
+                    format!("host {host} has no tunnel_address; set it in its Host document")
+                })?;
+                let (link, mtu) = self.link_with(local).ok_or_else(|| {
+                    format!("no link of this host has the tunnel address {local}")
+                })?;
+                // Outer Ethernet, UDP and VXLAN headers, and the outer IP header.
+                let overhead = if local.is_ipv4() { 50 } else { 70 };
+                let limit = mtu.saturating_sub(overhead);
+                Ok(Uplink {
+                    limit,
+                    default_mtu: limit,
+                    by: format!("link {link}"),
+                    kind: UplinkKind::Vxlan { vni: network.segment.unwrap_or(0), local },
+                })
+            }
+            other @ (NetworkType::Vlan | NetworkType::Gre | NetworkType::Geneve) => {
+                let name = format!("{other:?}").to_lowercase();
+                Err(format!("{name} networks are not built yet; use vxlan, flat or local"))
+            }
+        }
+    }
+
+    fn wire_uplink(
+        &mut self,
+        id: NetworkId,
+        uplink: &Uplink,
+        mtu: u32,
+        bridge: &str,
+        kept_apart: bool,
+    ) -> Option<String> {
+        let bridge = Some(Some(bridge.to_owned()));
+        let port = BridgePort { isolated: kept_apart, ..BridgePort::default() };
+        let (name, wanted) = match &uplink.kind {
+            UplinkKind::None => return None,
+            UplinkKind::Flat { link } => {
+                let set = Set { bridge, up: Some(true), port: Some(port), ..Set::default() };
+                (
+                    link.clone(),
+                    Wanted { object: id.object(), make: Make::Brought, set, addresses: None },
+                )
+            }
+            UplinkKind::Vxlan { vni, local } => {
+                let vxlan = Vxlan {
+                    vni: *vni,
+                    local: Some(*local),
+                    port: self.local.vxlan_port,
+                    learning: false,
+                };
+                let set = Set {
+                    mark: Some(Mark::Network(id)),
+                    mtu: Some(mtu),
+                    bridge,
+                    up: Some(true),
+                    ipv6_off: Some(true),
+                    port: Some(BridgePort { neighbour_suppression: true, ..port }),
+                    ..Set::default()
+                };
+                let make = Make::Vxlan(vxlan);
+                (names::vxlan(*vni), Wanted { object: id.object(), make, set, addresses: None })
+            }
+        };
+        self.want(At::host(name.clone()), wanted).then_some(name)
+    }
+
+    fn local_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &str) {
+        let mut set = Set {
+            mark: Some(Mark::Port(id)),
+            mtu: Some(mtu),
+            bridge: Some(Some(bridge.to_owned())),
+            up: Some(port.admin_up),
+            ipv6_off: Some(true),
+            port: Some(BridgePort::default()),
+            ..Set::default()
+        };
+        let make = match port.owner {
+            PortOwner::Instance => Make::Tap(Tap {
+                user: self.local.tap_user,
+                group: self.local.tap_group,
+                multi_queue: port.queues > 1,
+                persist: true,
+            }),
+            PortOwner::External => {
+                set.mark = None;
+                Make::Brought
+            }
+            PortOwner::RouterInterface | PortOwner::RouterGateway => {
+                return self.wait(id.object(), ROUTERS);
+            }
+            // Wired with the DHCP server.
+            PortOwner::Dhcp => return,
+        };
+        let wanted = Wanted { object: id.object(), make, set, addresses: None };
+        self.want(At::host(names::tap(id)), wanted);
+    }
+
+    /// Ports of the network on other hosts: where their frames go. `uplink` is the overlay, if the
+    /// network is wired here.
+    fn remote_ports(&mut self, id: NetworkId, network: &NetworkSpec, uplink: Option<&str>) {
+        let overlay = network.network_type == NetworkType::Vxlan;
+        let remote = self.documents.ports_of(id).filter(|(_, port)| port.host != self.local.host);
+        let (mut forwarding, mut neighbours) = (Forwarding::default(), BTreeMap::new());
+        for (port_id, port) in remote.filter(|_| overlay && uplink.is_some()) {
+            let Some(&via) = self.documents.tunnels.get(port.host.as_str()) else {
+                let reason = format!(
+                    "host {} has no tunnel address here; send its Host document with \
+                     tunnel_address",
+                    port.host
+                );
+                self.wait(port_id.object(), reason);
+                continue;
+            };
+            forwarding.unicast.insert(port.mac, BTreeSet::from([via]));
+            forwarding.flood.insert(via);
+            forwarding.in_bridge.insert(port.mac);
+            neighbours.extend(port.fixed_ips.iter().map(|fixed| (fixed.address, port.mac)));
+        }
+        let servers = network.dhcp_hosts.iter().filter(|host| **host != self.local.host);
+        for host in servers.filter(|_| overlay) {
+            forwarding.flood.extend(self.documents.tunnels.get(host.as_str()));
+        }
+        if let (Some(uplink), true) = (uplink, overlay) {
+            self.wish.l2.forwarding.insert(uplink.to_owned(), forwarding);
+            self.wish.l2.neighbours.insert(names::bridge(id), neighbours);
+        }
+    }
+
+    /// Ports whose network nobody has told us of, and links that ports to go leave behind.
+    fn ports_without_network(&mut self) {
+        for (network, ports) in &self.documents.ports {
+            if self.documents.networks.contains_key(network) {
+                continue;
+            }
+            for (id, port) in ports {
+                if port.host == self.local.host {
+                    self.wait(id.object(), format!("waits for the document of network {network}"));
+                }
+            }
+        }
+        for (id, port) in &self.documents.leaving {
+            let at = At::host(names::tap(*id));
+            if port.owner == PortOwner::External && !self.wish.l2.links.contains_key(&at) {
+                self.wish.l2.released.insert(at, id.object());
+            }
+        }
+    }
+
+    fn not_built_yet(&mut self) {
+        for document in &self.documents.others {
+            let reason = match &document.spec {
+                Spec::Router(router) if router.host != self.local.host => continue,
+                Spec::Router(_) | Spec::FloatingIp(_) => ROUTERS,
+                Spec::SecurityGroup(_) => FIREWALL,
+                Spec::QosPolicy(_) => QOS,
+                _ => continue,
+            };
+            self.wait(document.object(), reason);
+        }
+    }
+}
+
+/// Told where a document asks for a router.
+const ROUTERS: &str = "not done: this agent does not build routers yet";
+/// Told where a document asks for filtering.
+pub const FIREWALL: &str = "not enforced: this agent has no firewall yet";
+/// Told where a document asks for limits.
+const QOS: &str = "not enforced: this agent sets no limits yet";
+
+/// Whether the port gets a link into its network's bridge.
+fn needs_tap(port: &PortSpec) -> bool {
+    matches!(port.owner, PortOwner::Instance | PortOwner::External)
+}

@@ -1,0 +1,221 @@
+//! Which DHCP servers this host has, and what they tell.
+//!
+//! A network without `dhcp_hosts` is served by every host that has a guest of it. All those servers
+//! have the same address and the same Ethernet address, and each hears only the guests of its own
+//! host, because the server's port and the uplink are isolated from one another on the bridge.
+//! So no guest depends on another host, and no two servers meet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+use stackhand_kernel::netlink::BridgePort;
+use stackhand_model::{MacAddr, NetworkId, PortId};
+use stackhand_model::{NetworkSpec, PortOwner, PortSpec, Subnet};
+use uuid::Uuid;
+
+use super::{Builder, DhcpService, needs_tap};
+use crate::dhcp::{self, Client, METADATA, Scope, Table};
+use crate::l2::{At, Make, Set, Wanted};
+use crate::names::{self, Mark};
+
+/// Whether this host serves the network's IPv4 guests.
+pub(super) fn serves(network: &NetworkSpec, host: &str, has_taps: bool) -> bool {
+    let wanted = network.subnets.iter().any(is_served);
+    wanted
+        && if network.dhcp_hosts.is_empty() { has_taps } else { network.dhcp_hosts.contains(host) }
+}
+
+fn is_served(subnet: &Subnet) -> bool {
+    subnet.dhcp && matches!(subnet.cidr, IpNet::V4(_))
+}
+
+impl Builder<'_> {
+    /// Wants the network's DHCP server. Returns whether it is to be kept apart from other hosts, or
+    /// nothing if there is no server.
+    pub(super) fn dhcp(
+        &mut self,
+        id: NetworkId,
+        network: &NetworkSpec,
+        mtu: u32,
+        bridge: &str,
+    ) -> Option<bool> {
+        let own = self
+            .documents
+            .ports_of(id)
+            .find(|(_, port)| port.owner == PortOwner::Dhcp && port.host == self.local.host);
+        if own.is_none() && network.dhcp_hosts.len() > 1 {
+            self.fail(
+                id.object(),
+                format!(
+                    "several dhcp_hosts need a port with owner dhcp on each, and host {} has none; \
+                     add one, or leave dhcp_hosts out so that every host serves its own guests",
+                    self.local.host
+                ),
+            );
+            return None;
+        }
+        let kept_apart = own.is_none() && network.dhcp_hosts.is_empty();
+        let (port, mac) = match own {
+            Some((port, spec)) => (port, spec.mac),
+            None => derived(id),
+        };
+        let mut scopes = Vec::new();
+        let mut addresses = BTreeSet::new();
+        for subnet in network.subnets.iter().filter(|subnet| is_served(subnet)) {
+            let IpNet::V4(net) = subnet.cidr else { continue };
+            let Some(server) = self.server_address(id, subnet, own.map(|(_, port)| port)) else {
+                self.fail(
+                    id.object(),
+                    format!(
+                        "subnet {} has no address for its DHCP server; set its dhcp_address to a \
+                         free address, or turn its dhcp off",
+                        subnet.name
+                    ),
+                );
+                continue;
+            };
+            scopes.push(self.scope(id, subnet, net, server));
+            addresses.extend(Ipv4Net::new(server, net.prefix_len()).map(IpNet::V4));
+        }
+        if scopes.is_empty() {
+            return None;
+        }
+        addresses.insert(IpNet::V4(Ipv4Net::from(METADATA)));
+        let space = names::dhcp_space(id);
+        let near = At::host(names::tap(port));
+        let far = At::inside(space.clone(), names::dhcp_link(port));
+        let common = Set {
+            mark: Some(Mark::Dhcp(id)),
+            mtu: Some(mtu),
+            up: Some(true),
+            ipv6_off: Some(true),
+            ..Set::default()
+        };
+        let wanted = Wanted {
+            object: id.object(),
+            make: Make::Pair { peer: far.clone(), peer_mac: mac },
+            set: Set {
+                bridge: Some(Some(bridge.to_owned())),
+                port: Some(BridgePort { isolated: kept_apart, ..BridgePort::default() }),
+                ..common
+            },
+            addresses: None,
+        };
+        if !self.want(near, wanted) {
+            return None;
+        }
+        let wanted = Wanted {
+            object: id.object(),
+            make: Make::PairEnd,
+            set: Set { mac: Some(mac), ..common },
+            addresses: Some(addresses),
+        };
+        self.want(far.clone(), wanted);
+        self.wish.l2.spaces.insert(space.clone(), Mark::Network(id));
+        let clients = self.clients(id, &scopes, kept_apart);
+        let table = Table {
+            mtu,
+            domain: network.dns_domain.clone(),
+            lease_seconds: self.local.lease_seconds,
+            scopes,
+            clients,
+        };
+        self.wish.dhcp.insert(id, DhcpService { space, link: far.link, table });
+        Some(kept_apart)
+    }
+
+    /// The address of the DHCP port on a subnet: that of its port document, the subnet's own
+    /// choice, or the gateway's if no port has it.
+    fn server_address(
+        &self,
+        network: NetworkId,
+        subnet: &Subnet,
+        port: Option<&PortSpec>,
+    ) -> Option<Ipv4Addr> {
+        let v4 = |address: IpAddr| match address {
+            IpAddr::V4(v4) => Some(v4),
+            IpAddr::V6(_) => None,
+        };
+        let fixed = port.and_then(|port| {
+            port.fixed_ips
+                .iter()
+                .find(|fixed| fixed.subnet == subnet.name)
+                .map(|fixed| fixed.address)
+        });
+        let gateway = subnet.gateway.filter(|gateway| !self.has_port(network, *gateway));
+        fixed.or(subnet.dhcp_address).or(gateway).and_then(v4)
+    }
+
+    /// Whether a port of the network has the address.
+    fn has_port(&self, network: NetworkId, address: IpAddr) -> bool {
+        self.documents
+            .ports_of(network)
+            .any(|(_, port)| port.fixed_ips.iter().any(|fixed| fixed.address == address))
+    }
+
+    fn scope(&self, id: NetworkId, subnet: &Subnet, net: Ipv4Net, server: Ipv4Addr) -> Scope {
+        let router = subnet.gateway.and_then(|gateway| match gateway {
+            IpAddr::V4(v4) => Some(v4),
+            IpAddr::V6(_) => None,
+        });
+        // A router answers for the metadata service where there is one.
+        let routed = subnet.gateway.is_some_and(|gateway| self.has_port(id, gateway));
+        let metadata_by = if routed { router } else { Some(server) };
+        let given = subnet.host_routes.iter().map(|route| (route.destination, route.next_hop));
+        let dns = subnet.dns_servers.iter().filter_map(|server| match server {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        Scope {
+            net,
+            server,
+            router,
+            dns: dns.collect(),
+            routes: dhcp::routes(given, router, metadata_by),
+        }
+    }
+
+    fn clients(
+        &mut self,
+        id: NetworkId,
+        scopes: &[Scope],
+        only_here: bool,
+    ) -> BTreeMap<MacAddr, Client> {
+        let mut clients = BTreeMap::new();
+        for (port, spec) in self.documents.ports_of(id) {
+            if !needs_tap(spec) || (only_here && spec.host != self.local.host) {
+                continue;
+            }
+            let found = spec.fixed_ips.iter().find_map(|fixed| {
+                let IpAddr::V4(address) = fixed.address else { return None };
+                let scope = scopes.iter().position(|scope| scope.net.contains(&address))?;
+                Some((address, scope))
+            });
+            let Some((address, scope)) = found else { continue };
+            let extra = dhcp::extra(&spec.extra_dhcp_options).unwrap_or_else(|reason| {
+                self.fail(port.object(), reason);
+                dhcp::Extra::default()
+            });
+            let host_name =
+                spec.dns_name.clone().unwrap_or_else(|| dhcp::default_host_name(address));
+            let client = Client {
+                port,
+                address,
+                scope,
+                host_name,
+                options: extra.options,
+                next_server: extra.next_server,
+            };
+            clients.insert(spec.mac, client);
+        }
+        clients
+    }
+}
+
+/// The DHCP port of a network whose documents name none: the same on every host.
+fn derived(network: NetworkId) -> (PortId, MacAddr) {
+    let id = Uuid::new_v5(&network.0, b"stackhand:dhcp");
+    let [a, b, c, ..] = id.into_bytes();
+    (PortId(id), MacAddr([0xfa, 0x16, 0x3f, a, b, c]))
+}

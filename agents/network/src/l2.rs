@@ -1,0 +1,430 @@
+//! Layer 2: bridges, taps, overlays, and the pairs that lead to DHCP servers.
+//!
+//! ```text
+//! documents ──> Wish ──┐
+//!                      ├─> plan (pure) ──> Step … ──> HostNet::apply
+//! the host ──> Seen ───┘
+//! ```
+//!
+//! [`Wish`] is what the documents ask of this host, [`Seen`] what the host has. [`plan()`] compares
+//! them without touching anything. [`HostNet`] is the seam to the kernel: it looks, and it
+//! makes one change at a time. [`Change`] is the vocabulary that planner, kernel, fake, status and
+//! `agentctl plan` share.
+//!
+//! Invariants: nothing without our mark is ever deleted; a link that holds a name of ours without
+//! our mark is an error on the object that wants the name; a plan for what is already there is empty.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::future::Future;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use stackhand_kernel::KernelError;
+use stackhand_kernel::netlink::{Bridge, BridgePort, Tap, Vxlan};
+use stackhand_model::{MacAddr, ObjectRef};
+
+use crate::names::Mark;
+
+pub use plan::{Plan, Step, plan};
+
+#[cfg(any(test, feature = "fakes"))]
+pub mod fake;
+pub mod netlink;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+/// Where a link is: in a namespace, or on the host itself; and its name there.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct At {
+    /// The namespace; `None`: the agent's own.
+    pub space: Option<String>,
+    /// The link's name.
+    pub link: String,
+}
+
+impl At {
+    /// A link of the host itself.
+    #[must_use]
+    pub fn host(link: impl Into<String>) -> Self {
+        Self { space: None, link: link.into() }
+    }
+
+    /// A link of a namespace.
+    #[must_use]
+    pub fn inside(space: impl Into<String>, link: impl Into<String>) -> Self {
+        Self { space: Some(space.into()), link: link.into() }
+    }
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.space {
+            Some(space) => write!(f, "{} in {space}", self.link),
+            None => f.write_str(&self.link),
+        }
+    }
+}
+
+/// What kind of link is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Make {
+    /// A bridge.
+    Bridge,
+    /// A tap. Owner and group are set when it is made and not compared later.
+    Tap(Tap),
+    /// The host's end of a pair; the other end is wanted beside it.
+    Pair {
+        /// Where the other end is.
+        peer: At,
+        /// The other end's Ethernet address.
+        peer_mac: MacAddr,
+    },
+    /// The end of a pair that is made with the other one.
+    PairEnd,
+    /// An overlay.
+    Vxlan(Vxlan),
+    /// A link that somebody else brings and takes away; we only wire it.
+    Brought,
+}
+
+/// The settings of a bridge of ours: no spanning tree, no waiting, multicast goes everywhere.
+pub const BRIDGE: Bridge = Bridge { stp: false, forward_delay: 0, multicast_snooping: false };
+
+/// Settings of a link that can be changed in place. What is `None` is nobody's business.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Set {
+    /// The mark to write.
+    pub mark: Option<Mark>,
+    /// Ethernet address.
+    pub mac: Option<MacAddr>,
+    /// Largest packet in bytes.
+    pub mtu: Option<u32>,
+    /// The bridge it belongs to; `Some(None)`: none.
+    pub bridge: Option<Option<String>>,
+    /// Up or down.
+    pub up: Option<bool>,
+    /// Whether IPv6 is off: nothing on a bridge of tenants may reach the host by it.
+    pub ipv6_off: Option<bool>,
+    /// Settings as a bridge's port.
+    pub port: Option<BridgePort>,
+    /// Settings as a bridge.
+    pub as_bridge: Option<Bridge>,
+}
+
+/// A link that is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The object it serves.
+    pub object: ObjectRef,
+    /// What it is.
+    pub make: Make,
+    /// How it is set. Holds the mark, except for what somebody else brings.
+    pub set: Set,
+    /// Its addresses, exactly; `None`: nobody's business.
+    pub addresses: Option<BTreeSet<IpNet>>,
+}
+
+/// Where a VXLAN link sends what.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forwarding {
+    /// The host behind which each address lives. More than one only when observed.
+    pub unicast: BTreeMap<MacAddr, BTreeSet<IpAddr>>,
+    /// Hosts that receive broadcast, multicast and unknown frames.
+    pub flood: BTreeSet<IpAddr>,
+    /// Addresses that the bridge knows to be behind this link.
+    pub in_bridge: BTreeSet<MacAddr>,
+}
+
+/// Everything that is wanted of this host at layer 2.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Namespaces, with the mark of their loopback link.
+    pub spaces: BTreeMap<String, Mark>,
+    /// Links.
+    pub links: BTreeMap<At, Wanted>,
+    /// By VXLAN link.
+    pub forwarding: BTreeMap<String, Forwarding>,
+    /// By bridge: the neighbours that it answers for.
+    pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
+    /// Objects whose documents are held, wanted here or not. A marked link of another object is an
+    /// orphan.
+    pub known: BTreeSet<ObjectRef>,
+    /// Links that somebody else brought for ports that are to go: taken out of their bridge.
+    pub released: BTreeMap<At, ObjectRef>,
+}
+
+/// Whose a link is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Ours, by its mark.
+    Ours(Mark),
+    /// Ours, made and not marked yet when we were stopped.
+    Unfinished,
+    /// Anybody else's, with its alias.
+    Foreign(Option<String>),
+}
+
+/// What kind of link is seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SeenKind {
+    /// A bridge.
+    Bridge(Bridge),
+    /// A tap.
+    Tap(Tap),
+    /// One end of a pair.
+    Pair,
+    /// An overlay.
+    Vxlan(Vxlan),
+    /// The loopback link.
+    Loopback,
+    /// Anything else.
+    Other(String),
+}
+
+/// A link that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeenLink {
+    /// What it is.
+    pub kind: SeenKind,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its Ethernet address.
+    pub mac: Option<MacAddr>,
+    /// Largest packet in bytes.
+    pub mtu: u32,
+    /// The bridge it belongs to.
+    pub bridge: Option<String>,
+    /// Whether it is up.
+    pub up: bool,
+    /// Whether it can carry frames; for a tap, whether a guest has it open.
+    pub carrier: bool,
+    /// Whether IPv6 is off; also where the kernel has none.
+    pub ipv6_off: bool,
+    /// Settings as a bridge's port.
+    pub port: BridgePort,
+    /// Its addresses, without link-local ones of IPv6.
+    pub addresses: BTreeSet<IpNet>,
+}
+
+/// What the host has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Namespaces that bear a name of ours, with the owner of their loopback link.
+    pub spaces: BTreeMap<String, Owner>,
+    /// All links of the host and of those namespaces.
+    pub links: BTreeMap<At, SeenLink>,
+    /// By VXLAN link that is marked as ours.
+    pub forwarding: BTreeMap<String, Forwarding>,
+    /// By bridge that is marked as ours.
+    pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
+}
+
+/// One change to the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Makes a namespace, marks it, and sets its loopback link up. One that exists is marked.
+    MakeSpace {
+        /// Its name.
+        space: String,
+        /// Its mark.
+        mark: Mark,
+    },
+    /// Deletes a namespace with all links in it.
+    DeleteSpace {
+        /// Its name.
+        space: String,
+    },
+    /// Makes a link, set as wanted.
+    Make {
+        /// Where.
+        at: At,
+        /// What.
+        make: Make,
+        /// How it is set.
+        set: Set,
+    },
+    /// Changes a link's settings.
+    Set {
+        /// Where.
+        at: At,
+        /// The settings that differ.
+        set: Set,
+    },
+    /// Deletes links, all at once.
+    Delete {
+        /// Links of one namespace.
+        links: Vec<At>,
+    },
+    /// Gives a link an address.
+    AddAddress {
+        /// Where.
+        at: At,
+        /// The address.
+        net: IpNet,
+    },
+    /// Takes an address from a link.
+    RemoveAddress {
+        /// Where.
+        at: At,
+        /// The address.
+        net: IpNet,
+    },
+    /// Points an address at a host, or adds a host to the flood list (`mac` absent).
+    Forward {
+        /// The VXLAN link.
+        link: String,
+        /// The address.
+        mac: Option<MacAddr>,
+        /// The host.
+        via: IpAddr,
+    },
+    /// The reverse.
+    Unforward {
+        /// The VXLAN link.
+        link: String,
+        /// The address.
+        mac: Option<MacAddr>,
+        /// The host.
+        via: IpAddr,
+    },
+    /// Tells the bridge that an address is behind the VXLAN link.
+    Place {
+        /// The VXLAN link.
+        link: String,
+        /// The address.
+        mac: MacAddr,
+    },
+    /// The reverse.
+    Unplace {
+        /// The VXLAN link.
+        link: String,
+        /// The address.
+        mac: MacAddr,
+    },
+    /// Lets the bridge answer for an address.
+    Answer {
+        /// The bridge.
+        bridge: String,
+        /// The IP address.
+        address: IpAddr,
+        /// Its Ethernet address.
+        mac: MacAddr,
+    },
+    /// The reverse.
+    Unanswer {
+        /// The bridge.
+        bridge: String,
+        /// The IP address.
+        address: IpAddr,
+        /// Its Ethernet address.
+        mac: MacAddr,
+    },
+}
+
+/// The two things that layer 2 needs of a host.
+pub trait HostNet: Send + Sync {
+    /// Looks at everything: the host's links and those of the namespaces that bear our names.
+    fn observe(&self) -> impl Future<Output = Result<Seen, KernelError>> + Send;
+
+    /// Makes one change. Repeating a change whose effect is there succeeds or says that it
+    /// exists; the host may have moved since it was observed.
+    fn apply(&self, change: &Change) -> impl Future<Output = Result<(), KernelError>> + Send;
+}
+
+impl Set {
+    /// Whether nothing is set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if let Some(mark) = self.mark {
+            parts.push(format!("alias {mark}"));
+        }
+        if let Some(mac) = self.mac {
+            parts.push(format!("address {mac}"));
+        }
+        if let Some(mtu) = self.mtu {
+            parts.push(format!("mtu {mtu}"));
+        }
+        match &self.bridge {
+            Some(Some(bridge)) => parts.push(format!("master {bridge}")),
+            Some(None) => parts.push("nomaster".to_owned()),
+            None => {}
+        }
+        if let Some(up) = self.up {
+            parts.push(if up { "up" } else { "down" }.to_owned());
+        }
+        if let Some(off) = self.ipv6_off {
+            parts.push(if off { "IPv6 off" } else { "IPv6 on" }.to_owned());
+        }
+        if let Some(port) = self.port {
+            parts.push(format!(
+                "isolated {}, neigh_suppress {}, hairpin {}",
+                port.isolated, port.neighbour_suppression, port.hairpin
+            ));
+        }
+        if let Some(bridge) = self.as_bridge {
+            parts.push(format!(
+                "stp {}, forward_delay {}, mcast_snooping {}",
+                bridge.stp, bridge.forward_delay, bridge.multicast_snooping
+            ));
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
+impl fmt::Display for Make {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bridge => f.write_str("bridge"),
+            Self::Tap(tap) if tap.multi_queue => f.write_str("tap, several queues"),
+            Self::Tap(_) => f.write_str("tap"),
+            Self::Pair { peer, .. } => write!(f, "veth, peer {peer}"),
+            Self::PairEnd => f.write_str("veth"),
+            Self::Vxlan(vxlan) => {
+                write!(f, "vxlan {}, port {}", vxlan.vni, vxlan.port)?;
+                vxlan.local.map_or(Ok(()), |local| write!(f, ", local {local}"))
+            }
+            Self::Brought => f.write_str("brought by somebody else"),
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flood = |mac: &Option<MacAddr>| mac.map_or("flood".to_owned(), |mac| mac.to_string());
+        match self {
+            Self::MakeSpace { space, .. } => write!(f, "create namespace {space}"),
+            Self::DeleteSpace { space } => write!(f, "delete namespace {space}"),
+            Self::Make { at, make, set } => write!(f, "create link {at} ({make}; {set})"),
+            Self::Set { at, set } => write!(f, "set link {at}: {set}"),
+            Self::Delete { links } => {
+                let names: Vec<String> = links.iter().map(At::to_string).collect();
+                write!(f, "delete {}", names.join(", "))
+            }
+            Self::AddAddress { at, net } => write!(f, "add address {net} to {at}"),
+            Self::RemoveAddress { at, net } => write!(f, "remove address {net} from {at}"),
+            Self::Forward { link, mac, via } => {
+                write!(f, "forward {} by {link} to {via}", flood(mac))
+            }
+            Self::Unforward { link, mac, via } => {
+                write!(f, "no longer forward {} by {link} to {via}", flood(mac))
+            }
+            Self::Place { link, mac } => write!(f, "place {mac} behind {link}"),
+            Self::Unplace { link, mac } => write!(f, "no longer place {mac} behind {link}"),
+            Self::Answer { bridge, address, mac } => {
+                write!(f, "let {bridge} answer {mac} for {address}")
+            }
+            Self::Unanswer { bridge, address, .. } => {
+                write!(f, "no longer let {bridge} answer for {address}")
+            }
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! From what is wanted and what is seen to what is done. Pure: no clock, no I/O.
+//!
+//! Order: make room for what must be made anew; namespaces; bridges; what goes into them;
+//! addresses; forwarding, additions first; and last what is not wanted any more, taps before
+//! bridges, all in one request per namespace.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use stackhand_model::ObjectRef;
+
+use super::{At, Change, Forwarding, Make, Owner, Seen, SeenKind, SeenLink, Set, Wanted, Wish};
+use crate::names::{self, Mark};
+
+/// One change, and the object it serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The object; `None` for the sweeping of orphans.
+    pub object: Option<ObjectRef>,
+    /// The change.
+    pub change: Change,
+}
+
+/// What to do, and what cannot be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// What stands in an object's way until somebody else acts.
+    pub problems: BTreeMap<ObjectRef, String>,
+    /// Objects that wait for somebody else's link.
+    pub waiting: BTreeMap<ObjectRef, String>,
+    /// Links and namespaces (with an empty link name) that bear the mark of an object nobody knows.
+    /// Those in the `sweep` given to [`plan()`] are deleted by its steps.
+    pub orphans: BTreeSet<At>,
+}
+
+/// Compares what is wanted with what is seen. Orphans are deleted if they are in `sweep`.
+#[must_use]
+pub fn plan(wish: &Wish, seen: &Seen, sweep: &BTreeSet<At>) -> Plan {
+    let mut planner = Planner { wish, seen, plan: Plan::default(), remade: BTreeSet::new() };
+    let doomed = planner.unwanted(sweep);
+    planner.make_room();
+    planner.spaces();
+    let is_bridge = |wanted: &Wanted| matches!(wanted.make, Make::Bridge);
+    for (at, wanted) in wish.links.iter().filter(|(_, wanted)| is_bridge(wanted)) {
+        planner.link(at, wanted);
+    }
+    // A pair's host end first: it makes the other.
+    for own in [true, false] {
+        for (at, wanted) in &wish.links {
+            if !is_bridge(wanted) && at.space.is_none() == own {
+                planner.link(at, wanted);
+            }
+        }
+    }
+    planner.forwarding();
+    planner.neighbours();
+    planner.release();
+    planner.delete(doomed);
+    planner.plan
+}
+
+struct Planner<'a> {
+    wish: &'a Wish,
+    seen: &'a Seen,
+    plan: Plan,
+    /// Links that are deleted first to be made anew.
+    remade: BTreeSet<At>,
+}
+
+/// What is deleted last: by namespace, with the object each link served.
+#[derive(Default)]
+struct Doomed {
+    links: BTreeMap<Option<String>, Vec<(At, Option<ObjectRef>)>>,
+    spaces: BTreeMap<String, Option<ObjectRef>>,
+}
+
+impl Planner<'_> {
+    fn step(&mut self, object: Option<ObjectRef>, change: Change) {
+        self.plan.steps.push(Step { object, change });
+    }
+
+    fn problem(&mut self, object: ObjectRef, text: String) {
+        self.plan.problems.entry(object).or_insert(text);
+    }
+
+    /// The link as seen, unless it is deleted first.
+    fn present(&self, at: &At) -> Option<&SeenLink> {
+        self.seen.links.get(at).filter(|_| !self.remade.contains(at))
+    }
+
+    /// Whether `link` is for us to change for the sake of `mark`.
+    fn is_ours(link: &SeenLink, mark: Mark) -> bool {
+        link.owner == Owner::Unfinished || link.owner == Owner::Ours(mark)
+    }
+
+    /// Finds what bears our mark and is not wanted.
+    fn unwanted(&mut self, sweep: &BTreeSet<At>) -> Doomed {
+        let mut doomed = Doomed::default();
+        for (space, owner) in &self.seen.spaces {
+            if self.wish.spaces.contains_key(space) {
+                continue;
+            }
+            let Owner::Ours(mark) = owner else { continue };
+            let held = self.wish.known.contains(&mark.object());
+            let at = At::inside(space.clone(), "");
+            if !held {
+                self.plan.orphans.insert(at.clone());
+            }
+            if held || sweep.contains(&at) {
+                doomed.spaces.insert(space.clone(), held.then(|| mark.object()));
+            }
+        }
+        for (at, link) in &self.seen.links {
+            let leaves_with_space =
+                at.space.as_ref().is_some_and(|space| doomed.spaces.contains_key(space));
+            if self.wish.links.contains_key(at)
+                || link.kind == SeenKind::Loopback
+                || leaves_with_space
+            {
+                continue;
+            }
+            let object = match &link.owner {
+                Owner::Ours(mark) => Some(mark.object()),
+                Owner::Unfinished if names::may_matter(&at.link) => None,
+                Owner::Unfinished | Owner::Foreign(_) => continue,
+            };
+            let object = object.filter(|object| self.wish.known.contains(object));
+            if object.is_none() {
+                self.plan.orphans.insert(at.clone());
+            }
+            if object.is_some() || sweep.contains(at) {
+                doomed.links.entry(at.space.clone()).or_default().push((at.clone(), object));
+            }
+        }
+        doomed
+    }
+
+    /// Deletes links of ours that cannot be changed into what is wanted.
+    fn make_room(&mut self) {
+        let mut doomed: BTreeMap<Option<String>, (ObjectRef, Vec<At>)> = BTreeMap::new();
+        for (at, wanted) in &self.wish.links {
+            let Some(mark) = wanted.set.mark else { continue };
+            let Some(link) = self.seen.links.get(at) else { continue };
+            if !Self::is_ours(link, mark) || self.fits(at, wanted, link) {
+                continue;
+            }
+            doomed
+                .entry(at.space.clone())
+                .or_insert((wanted.object, Vec::new()))
+                .1
+                .push(at.clone());
+            self.remade.insert(at.clone());
+            if let Make::Pair { peer, .. } = &wanted.make {
+                self.remade.insert(peer.clone());
+            }
+        }
+        for (_, (object, links)) in doomed {
+            self.step(Some(object), Change::Delete { links });
+        }
+    }
+
+    /// Whether the link can become what is wanted by changing settings.
+    fn fits(&self, at: &At, wanted: &Wanted, link: &SeenLink) -> bool {
+        match (&wanted.make, &link.kind) {
+            (Make::Bridge, SeenKind::Bridge(_))
+            | (Make::Brought, _)
+            | (Make::PairEnd, SeenKind::Pair) => true,
+            // A tap in use is left as it is: the guest would lose its link. It is made anew
+            // when the guest has let go of it.
+            (Make::Tap(tap), SeenKind::Tap(is)) => {
+                tap.multi_queue == is.multi_queue || link.carrier
+            }
+            (Make::Vxlan(vxlan), SeenKind::Vxlan(is)) => vxlan == is,
+            (Make::Pair { peer, .. }, SeenKind::Pair) => {
+                debug_assert!(at.space.is_none(), "pairs are made from the host's side");
+                self.seen.links.get(peer).is_some_and(|end| end.kind == SeenKind::Pair)
+            }
+            _ => false,
+        }
+    }
+
+    fn spaces(&mut self) {
+        for (space, mark) in &self.wish.spaces {
+            match self.seen.spaces.get(space) {
+                Some(Owner::Ours(is)) if is == mark => continue,
+                Some(Owner::Foreign(alias)) => {
+                    let text = foreign(&format!("namespace {space}"), alias.as_deref());
+                    self.problem(mark.object(), text);
+                    continue;
+                }
+                Some(Owner::Ours(other)) => {
+                    let text = format!("namespace {space} belongs to {}", other.object());
+                    self.problem(mark.object(), text);
+                    continue;
+                }
+                None | Some(Owner::Unfinished) => {}
+            }
+            let change = Change::MakeSpace { space: space.clone(), mark: *mark };
+            self.step(Some(mark.object()), change);
+        }
+    }
+
+    /// Whether the namespace cannot be used because it is not ours.
+    fn is_barred(&self, space: &str) -> bool {
+        let wanted = self.wish.spaces.get(space);
+        match self.seen.spaces.get(space) {
+            None | Some(Owner::Unfinished) => false,
+            Some(Owner::Foreign(_)) => true,
+            Some(Owner::Ours(mark)) => Some(mark) != wanted,
+        }
+    }
+
+    fn link(&mut self, at: &At, wanted: &Wanted) {
+        let peer_space = match &wanted.make {
+            Make::Pair { peer, .. } => peer.space.as_deref(),
+            _ => at.space.as_deref(),
+        };
+        if peer_space.is_some_and(|space| self.is_barred(space)) {
+            return;
+        }
+        let Some(link) = self.present(at) else {
+            return self.make(at, wanted);
+        };
+        if let Some(mark) = wanted.set.mark
+            && !Self::is_ours(link, mark)
+        {
+            let text = match &link.owner {
+                Owner::Ours(other) => format!(
+                    "link {at} belongs to {}, whose id begins with the same eleven characters; \
+                     give one of the two another id",
+                    other.object()
+                ),
+                Owner::Foreign(alias) => foreign(&format!("link {at}"), alias.as_deref()),
+                Owner::Unfinished => return,
+            };
+            return self.problem(wanted.object, text);
+        }
+        let set = difference(&wanted.set, link);
+        if wanted.set.mark.is_none() && self.is_in_foreign_bridge(wanted, link) {
+            let bridge = link.bridge.as_deref().unwrap_or_default();
+            let text = format!(
+                "link {at} is a port of {bridge}, which is not ours; take it out, for instance by \
+                 `ip link set {} nomaster`",
+                at.link
+            );
+            return self.problem(wanted.object, text);
+        }
+        let add: Vec<_> = wanted.addresses.iter().flatten().copied().collect();
+        let has = link.addresses.clone();
+        if !set.is_empty() {
+            self.step(Some(wanted.object), Change::Set { at: at.clone(), set });
+        }
+        for net in add.iter().filter(|net| !has.contains(net)) {
+            let change = Change::AddAddress { at: at.clone(), net: *net };
+            self.step(Some(wanted.object), change);
+        }
+        if wanted.addresses.is_some() {
+            for net in has.iter().filter(|net| !add.contains(net)) {
+                let change = Change::RemoveAddress { at: at.clone(), net: *net };
+                self.step(Some(wanted.object), change);
+            }
+        }
+    }
+
+    /// Whether a link that somebody else brought is in a bridge that we did not make.
+    fn is_in_foreign_bridge(&self, wanted: &Wanted, link: &SeenLink) -> bool {
+        let Some(bridge) = &link.bridge else { return false };
+        if wanted.set.bridge.as_ref() == Some(&link.bridge) {
+            return false;
+        }
+        let master = self.seen.links.get(&At::host(bridge.clone()));
+        !matches!(master.map(|master| &master.owner), Some(Owner::Ours(_) | Owner::Unfinished))
+    }
+
+    fn make(&mut self, at: &At, wanted: &Wanted) {
+        match &wanted.make {
+            Make::Brought => {
+                let text = format!("waits for link {at}, which somebody else brings");
+                self.plan.waiting.insert(wanted.object, text);
+                return;
+            }
+            Make::PairEnd if self.plan.problems.contains_key(&wanted.object) => return,
+            // Made with the other end; what the other end's making leaves open is set here.
+            Make::PairEnd => {
+                let set = Set { mac: None, mtu: None, ..wanted.set.clone() };
+                self.step(Some(wanted.object), Change::Set { at: at.clone(), set });
+            }
+            make => {
+                let change =
+                    Change::Make { at: at.clone(), make: make.clone(), set: wanted.set.clone() };
+                self.step(Some(wanted.object), change);
+            }
+        }
+        for net in wanted.addresses.iter().flatten() {
+            let change = Change::AddAddress { at: at.clone(), net: *net };
+            self.step(Some(wanted.object), change);
+        }
+    }
+
+    /// Whether forwarding by this link is for us to set: it is ours, or will be made.
+    fn object_of(&self, link: &str) -> Option<ObjectRef> {
+        let wanted = self.wish.links.get(&At::host(link))?;
+        (!self.plan.problems.contains_key(&wanted.object)).then_some(wanted.object)
+    }
+
+    fn forwarding(&mut self) {
+        let none = Forwarding::default();
+        let mut removals = Vec::new();
+        for (name, want) in &self.wish.forwarding {
+            let Some(object) = self.object_of(name) else { continue };
+            let remade = self.remade.contains(&At::host(name.clone()));
+            let has = self.seen.forwarding.get(name).filter(|_| !remade).unwrap_or(&none);
+            let link = || name.clone();
+            for (mac, vias) in &want.unicast {
+                if has.unicast.get(mac) != Some(vias) {
+                    for via in vias {
+                        let change = Change::Forward { link: link(), mac: Some(*mac), via: *via };
+                        self.step(Some(object), change);
+                    }
+                }
+            }
+            for via in want.flood.difference(&has.flood) {
+                self.step(Some(object), Change::Forward { link: link(), mac: None, via: *via });
+            }
+            for mac in want.in_bridge.difference(&has.in_bridge) {
+                self.step(Some(object), Change::Place { link: link(), mac: *mac });
+            }
+            for mac in has.in_bridge.difference(&want.in_bridge) {
+                removals.push((object, Change::Unplace { link: link(), mac: *mac }));
+            }
+            for via in has.flood.difference(&want.flood) {
+                removals.push((object, Change::Unforward { link: link(), mac: None, via: *via }));
+            }
+            for (mac, vias) in &has.unicast {
+                if !want.unicast.contains_key(mac) {
+                    removals.extend(vias.iter().map(|via| {
+                        (object, Change::Unforward { link: link(), mac: Some(*mac), via: *via })
+                    }));
+                }
+            }
+        }
+        for (object, change) in removals {
+            self.step(Some(object), change);
+        }
+    }
+
+    fn neighbours(&mut self) {
+        let none = BTreeMap::new();
+        for (bridge, want) in &self.wish.neighbours {
+            let Some(object) = self.object_of(bridge) else { continue };
+            let remade = self.remade.contains(&At::host(bridge.clone()));
+            let has = self.seen.neighbours.get(bridge).filter(|_| !remade).unwrap_or(&none);
+            for (&address, &mac) in want {
+                if has.get(&address) != Some(&mac) {
+                    let change = Change::Answer { bridge: bridge.clone(), address, mac };
+                    self.step(Some(object), change);
+                }
+            }
+            for (&address, &mac) in has {
+                if !want.contains_key(&address) {
+                    let change = Change::Unanswer { bridge: bridge.clone(), address, mac };
+                    self.step(Some(object), change);
+                }
+            }
+        }
+    }
+
+    /// Takes links that somebody else brought out of our bridges.
+    fn release(&mut self) {
+        for (at, object) in &self.wish.released {
+            let Some(link) = self.seen.links.get(at) else { continue };
+            let Some(bridge) = &link.bridge else { continue };
+            let master = self.seen.links.get(&At::host(bridge.clone()));
+            if matches!(master.map(|master| &master.owner), Some(Owner::Ours(_)))
+                && matches!(link.owner, Owner::Foreign(_))
+            {
+                let set = Set { bridge: Some(None), ..Set::default() };
+                self.step(Some(*object), Change::Set { at: at.clone(), set });
+            }
+        }
+    }
+
+    fn delete(&mut self, doomed: Doomed) {
+        for (_, links) in doomed.links {
+            // One request for all; it is told under the object only if they share one.
+            let mut objects: BTreeSet<Option<ObjectRef>> =
+                links.iter().map(|(_, object)| *object).collect();
+            let object = if objects.len() == 1 { objects.pop_first().flatten() } else { None };
+            let links = links.into_iter().map(|(at, _)| at).collect();
+            self.step(object, Change::Delete { links });
+        }
+        for (space, object) in doomed.spaces {
+            self.step(object, Change::DeleteSpace { space });
+        }
+    }
+}
+
+/// What has to be set so that `link` is as wanted.
+fn difference(wanted: &Set, link: &SeenLink) -> Set {
+    let as_bridge = match &link.kind {
+        SeenKind::Bridge(bridge) => wanted.as_bridge.filter(|want| want != bridge),
+        _ => None,
+    };
+    let bridge = wanted.bridge.clone().filter(|bridge| *bridge != link.bridge);
+    // A link that enters a bridge starts with the kernel's defaults.
+    let port = if bridge.is_some() { Default::default() } else { link.port };
+    Set {
+        mark: wanted.mark.filter(|mark| link.owner != Owner::Ours(*mark)),
+        mac: wanted.mac.filter(|mac| Some(*mac) != link.mac),
+        mtu: wanted.mtu.filter(|mtu| *mtu != link.mtu),
+        bridge,
+        up: wanted.up.filter(|up| *up != link.up),
+        ipv6_off: wanted.ipv6_off.filter(|off| *off != link.ipv6_off),
+        port: wanted.port.filter(|want| *want != port),
+        as_bridge,
+    }
+}
+
+fn foreign(what: &str, alias: Option<&str>) -> String {
+    let alias = alias.map(|alias| format!(" (its alias is {alias:?})")).unwrap_or_default();
+    format!("{what} exists and is not ours{alias}; delete or rename it")
+}

@@ -1,0 +1,14 @@
+//! Stackhand's network agent: makes this host's network what the documents ask for.
+
+pub mod admit;
+pub mod agent;
+pub mod desired;
+pub mod dhcp;
+pub mod l2;
+pub mod names;
+mod probe;
+pub mod settings;
+mod watch;
+
+pub use agent::NetworkAgent;
+pub use settings::NetworkSettings;

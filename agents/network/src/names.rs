@@ -1,0 +1,147 @@
+//! Names of links and namespaces, and the marks that say they are ours.
+//!
+//! The names are OpenStack's, so that a host can be taken over and given back. A name alone proves
+//! nothing: what we may change or delete carries a mark in its alias.
+
+use std::fmt;
+use std::str::FromStr;
+
+use stackhand_model::{NetworkId, ObjectRef, PortId};
+use uuid::Uuid;
+
+/// The group that links we make are in until they carry their mark: a link of ours that a crash
+/// left without one is known by it.
+pub const UNFINISHED_GROUP: u32 = 0x5348_0001;
+
+/// What an alias of ours says: what the link serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mark {
+    /// A bridge, an uplink, or the loopback link of a DHCP namespace.
+    Network(NetworkId),
+    /// A port's tap.
+    Port(PortId),
+    /// Either end of the pair that leads to a network's DHCP server.
+    Dhcp(NetworkId),
+}
+
+/// Text that is not a mark of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMark;
+
+impl Mark {
+    /// The document that the link serves.
+    #[must_use]
+    pub fn object(self) -> ObjectRef {
+        match self {
+            Self::Network(id) | Self::Dhcp(id) => id.object(),
+            Self::Port(id) => id.object(),
+        }
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(id) => write!(f, "stackhand:network:{id}"),
+            Self::Port(id) => write!(f, "stackhand:port:{id}"),
+            Self::Dhcp(id) => write!(f, "stackhand:dhcp:{id}"),
+        }
+    }
+}
+
+impl FromStr for Mark {
+    type Err = NoMark;
+
+    fn from_str(text: &str) -> Result<Self, NoMark> {
+        let mut parts = text.splitn(3, ':');
+        let (Some("stackhand"), Some(kind), Some(id)) = (parts.next(), parts.next(), parts.next())
+        else {
+            return Err(NoMark);
+        };
+        let id = Uuid::parse_str(id).map_err(|_| NoMark)?;
+        let mark = match kind {
+            "network" => Self::Network(NetworkId(id)),
+            "port" => Self::Port(PortId(id)),
+            "dhcp" => Self::Dhcp(NetworkId(id)),
+            _ => return Err(NoMark),
+        };
+        // Only what we would have written, letter by letter.
+        if mark.to_string() == text { Ok(mark) } else { Err(NoMark) }
+    }
+}
+
+/// A network's bridge.
+#[must_use]
+pub fn bridge(network: NetworkId) -> String {
+    format!("brq{}", network.short())
+}
+
+/// A port's tap, or the host's end of the pair to a DHCP server.
+#[must_use]
+pub fn tap(port: PortId) -> String {
+    format!("tap{}", port.short())
+}
+
+/// The DHCP server's end of its pair.
+#[must_use]
+pub fn dhcp_link(port: PortId) -> String {
+    format!("ns-{}", port.short())
+}
+
+/// The namespace of a network's DHCP server.
+#[must_use]
+pub fn dhcp_space(network: NetworkId) -> String {
+    format!("qdhcp-{network}")
+}
+
+/// The network whose DHCP server has this namespace.
+#[must_use]
+pub fn network_of_dhcp_space(name: &str) -> Option<NetworkId> {
+    let network = NetworkId(Uuid::parse_str(name.strip_prefix("qdhcp-")?).ok()?);
+    (dhcp_space(network) == name).then_some(network)
+}
+
+/// The link that carries a VNI between hosts.
+#[must_use]
+pub fn vxlan(vni: u32) -> String {
+    format!("vxlan-{vni}")
+}
+
+/// Whether a link of this name is worth looking at: ours, or one that somebody brings for a port.
+#[must_use]
+pub fn may_matter(name: &str) -> bool {
+    ["brq", "tap", "vxlan-", "ns-"].iter().any(|prefix| name.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_fit_the_kernel_and_follow_openstack() {
+        let id = Uuid::parse_str("6f0c8a8e-0d1b-4f0e-9a43-2f9a2f0c5a11").unwrap();
+        assert_eq!(bridge(NetworkId(id)), "brq6f0c8a8e-0d");
+        assert_eq!(tap(PortId(id)), "tap6f0c8a8e-0d");
+        assert_eq!(dhcp_link(PortId(id)), "ns-6f0c8a8e-0d");
+        assert!(vxlan(0x00ff_ffff).len() <= 15);
+        assert_eq!(network_of_dhcp_space(&dhcp_space(NetworkId(id))), Some(NetworkId(id)));
+        assert_eq!(network_of_dhcp_space("qdhcp-6F0C8A8E-0D1B-4F0E-9A43-2F9A2F0C5A11"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_mark_reads_back_and_nothing_else_is_one(bits: u128, noise in ".{0,60}") {
+            let id = Uuid::from_u128(bits);
+            for mark in [Mark::Network(NetworkId(id)), Mark::Port(PortId(id)), Mark::Dhcp(NetworkId(id))] {
+                prop_assert_eq!(mark.to_string().parse(), Ok(mark));
+            }
+            prop_assert_eq!(noise.parse::<Mark>(), Err(NoMark));
+            let upper = format!("stackhand:port:{}", id.to_string().to_uppercase());
+            if upper != Mark::Port(PortId(id)).to_string() {
+                prop_assert_eq!(upper.parse::<Mark>(), Err(NoMark));
+            }
+        }
+    }
+}

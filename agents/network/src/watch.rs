@@ -1,0 +1,165 @@
+//! Hearing of changes that somebody else made, within milliseconds.
+//!
+//! Events of links, addresses and neighbours that could concern us wake the runtime, which makes a
+//! pass; the pass looks at everything, so an event needs no more meaning than that. Our own changes
+//! cause events, too: a pass clears the flag before it looks ([`Watcher::about_to_look`]), and what
+//! was heard by then costs no further pass.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use stackhand_kernel::netlink::{Event, Monitor};
+use stackhand_kernel::{KernelError, Netns, NetnsId};
+use tokio::task::JoinHandle;
+use tracing::{debug, warn};
+
+use crate::names;
+
+/// How long events are collected before they wake the runtime.
+const GATHER: Duration = Duration::from_millis(20);
+
+/// Time between attempts to listen again after the socket failed.
+const REOPEN: Duration = Duration::from_secs(1);
+
+/// Asks for a pass.
+pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Listens to the host and to the namespaces of its networks.
+pub(crate) struct Watcher {
+    signal: Arc<Signal>,
+    host: JoinHandle<()>,
+    spaces: Mutex<BTreeMap<String, (NetnsId, JoinHandle<()>)>>,
+}
+
+struct Signal {
+    dirty: AtomicBool,
+    wake: Wake,
+}
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watcher")
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.host.abort();
+        let spaces = std::mem::take(self.spaces.get_mut().unwrap_or_else(PoisonError::into_inner));
+        spaces.into_values().for_each(|(_, task)| task.abort());
+    }
+}
+
+impl Watcher {
+    /// Listens to the namespace of the calling thread. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub(crate) fn start(wake: Wake) -> Result<Self, KernelError> {
+        let signal = Arc::new(Signal { dirty: AtomicBool::new(false), wake });
+        let monitor = Monitor::open()?;
+        let host = tokio::spawn(listen(monitor, Arc::clone(&signal), true));
+        Ok(Self { signal, host, spaces: Mutex::default() })
+    }
+
+    /// Forgets what was heard so far: the caller looks at the host now.
+    pub(crate) async fn about_to_look(&self) {
+        // Lets the listening tasks take what the kernel has told already.
+        for _ in 0..4 {
+            tokio::task::yield_now().await;
+        }
+        self.signal.dirty.store(false, Ordering::Release);
+    }
+
+    /// Listens to these namespaces and no others.
+    pub(crate) async fn follow(&self, names: &[String]) {
+        self.leave(|name| !names.iter().any(|wanted| wanted == name));
+        for name in names {
+            let Ok(space) = Netns::named(name) else { continue };
+            let Some(id) = space.id() else { continue };
+            let known = self.lock().get(name).map(|(known, _)| *known);
+            if known == Some(id) {
+                continue;
+            }
+            let open = || Monitor::open().map_err(std::io::Error::other);
+            match space.inside("listen", open).await {
+                Ok(monitor) => {
+                    let task = tokio::spawn(listen(monitor, Arc::clone(&self.signal), false));
+                    if let Some((_, old)) = self.lock().insert(name.clone(), (id, task)) {
+                        old.abort();
+                    }
+                }
+                // The timer's passes still look.
+                Err(error) => warn!(space = name, %error, "cannot listen to changes"),
+            }
+        }
+    }
+
+    /// Stops listening to namespaces, so that they can go.
+    pub(crate) fn leave(&self, goes: impl Fn(&str) -> bool) {
+        self.lock().retain(|name, (_, task)| {
+            let stays = !goes(name);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (NetnsId, JoinHandle<()>)>> {
+        self.spaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
+    loop {
+        while let Some(event) = monitor.next().await {
+            if !matters(&event) {
+                continue;
+            }
+            debug!(?event, "the host changed");
+            if signal.dirty.swap(true, Ordering::AcqRel) {
+                continue;
+            }
+            let signal = Arc::clone(&signal);
+            tokio::spawn(async move {
+                tokio::time::sleep(GATHER).await;
+                if signal.dirty.swap(false, Ordering::AcqRel) {
+                    (signal.wake)();
+                }
+            });
+        }
+        if !reopen {
+            return;
+        }
+        warn!("lost the socket that tells of changes; opening another");
+        monitor = loop {
+            tokio::time::sleep(REOPEN).await;
+            if let Ok(monitor) = Monitor::open() {
+                break monitor;
+            }
+        };
+        (signal.wake)();
+    }
+}
+
+/// Whether an event could concern what we made or wait for. Uplinks have any name, so a link that
+/// belongs to a bridge counts, and one that appears or goes.
+fn matters(event: &Event) -> bool {
+    match event {
+        Event::Link(link) => {
+            names::may_matter(&link.name)
+                || link.alias.as_deref().is_some_and(|alias| alias.starts_with("stackhand:"))
+                || link.port.is_some()
+                || link.master.is_none()
+        }
+        Event::LinkGone(_)
+        | Event::Address(_)
+        | Event::AddressGone(_)
+        | Event::Neighbour(_)
+        | Event::Lost => true,
+    }
+}

@@ -1,0 +1,176 @@
+//! Hosts, guests and documents for tests of the agent on the real kernel.
+
+#![allow(dead_code, reason = "each test file uses its share")]
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+use stackhand_kernel::exec::Program;
+use stackhand_model::{Document, ObjectRef};
+use stackhand_network::NetworkAgent;
+use stackhand_network::desired::Local;
+use stackhand_runtime::agent::{Agent, Cause, Desired, Held, Outcome, PassReport, Work};
+use stackhand_runtime::wake::Wake;
+use uuid::Uuid;
+
+/// Runs `test` on a thread that has its own network links and its own names of namespaces.
+/// Everything ends with the thread, also when the test panics.
+pub(crate) fn on_a_host<Test, Fut>(test: Test)
+where
+    Test: FnOnce() -> Fut + Send,
+    Fut: Future<Output = ()>,
+{
+    let body = move || {
+        if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS) {
+            stackhand_testkit::missing(&format!("namespaces cannot be made ({errno}); be root"));
+            return;
+        }
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(test());
+    };
+    if let Err(panic) = thread::scope(|scope| scope.spawn(body).join()) {
+        resume_unwind(panic);
+    }
+}
+
+/// Runs a program of the host in the calling thread's namespaces; it must succeed.
+pub(crate) async fn run(line: &str) -> String {
+    try_run(line).await.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The same, with the failure told.
+pub(crate) async fn try_run(line: &str) -> Result<String, String> {
+    let mut words = line.split_whitespace();
+    let name = words.next().unwrap();
+    let path = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        .map(|folder| format!("{folder}/{name}"))
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists())
+        .unwrap_or_else(|| panic!("this test needs the program {name}"));
+    let output = Program::new(path).args(words).limit(Duration::from_secs(30)).run().await;
+    output.map(|output| output.text()).map_err(|error| error.to_string())
+}
+
+/// What `ip -json` says of a link, or nothing.
+pub(crate) async fn link(name: &str) -> Option<Value> {
+    let text = try_run(&format!("ip -json -details link show dev {name}")).await.ok()?;
+    serde_json::from_str::<Value>(&text).unwrap().get(0).cloned()
+}
+
+/// Documents held, as the runtime would hold them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Documents(BTreeMap<ObjectRef, Held>);
+
+impl Documents {
+    pub(crate) fn put(&mut self, kind: &str, name: &str, id: Uuid, spec: Value) -> ObjectRef {
+        let value = json!({"kind": kind, "id": id, "name": name, "generation": 1, "spec": spec});
+        let document = Document::from_value(&value).unwrap();
+        let object = document.object();
+        self.0.insert(object, Held { document: Arc::new(document), deleting: false });
+        object
+    }
+
+    pub(crate) fn delete(&mut self, object: ObjectRef) {
+        self.0.get_mut(&object).unwrap().deleting = true;
+    }
+
+    pub(crate) fn forget(&mut self, object: ObjectRef) {
+        self.0.remove(&object);
+    }
+
+    pub(crate) fn desired(&self) -> Arc<Desired> {
+        Arc::new(Desired { objects: self.0.clone(), revision: 1 })
+    }
+
+    /// One pass in which everything is due.
+    pub(crate) async fn pass(&self, agent: &NetworkAgent) -> PassReport {
+        let due = self.0.keys().copied().collect();
+        agent.pass(Work { desired: self.desired(), due, cause: Cause::Change }).await
+    }
+
+    /// One pass after which everything is active.
+    pub(crate) async fn settle(&self, agent: &NetworkAgent) -> PassReport {
+        let report = self.pass(agent).await;
+        for (object, outcome) in &report.outcomes {
+            assert!(matches!(outcome, Outcome::Active { .. }), "{object}: {outcome:?}");
+        }
+        report
+    }
+
+    /// A second pass, which must change nothing.
+    pub(crate) async fn rest(&self, agent: &NetworkAgent) {
+        let steps = agent.plan(self.desired()).await.unwrap();
+        assert_eq!(steps, [], "nothing is left to do");
+        assert_eq!(self.settle(agent).await.writes, 0, "a second pass writes nothing");
+    }
+}
+
+pub(crate) fn local(host: &str) -> Local {
+    Local {
+        host: host.to_owned(),
+        tap_user: Some(0),
+        tap_group: None,
+        vxlan_port: 4789,
+        lease_seconds: 3600,
+    }
+}
+
+pub(crate) fn agent(host: &str) -> (NetworkAgent, Wake) {
+    let wake = Wake::new();
+    let agent = NetworkAgent::new(local(host), Duration::ZERO, wake.clone()).unwrap();
+    (agent, wake)
+}
+
+/// A network of one subnet with DHCP.
+pub(crate) fn network(kind: &str, more: &Value) -> Value {
+    let mut spec = json!({
+        "type": kind,
+        "subnets": [{
+            "name": "main",
+            "cidr": "10.7.0.0/24",
+            "gateway": "10.7.0.1",
+            "dhcp_address": "10.7.0.2",
+            "dns_servers": ["192.0.2.53"],
+        }],
+    });
+    for (key, value) in more.as_object().unwrap() {
+        spec[key] = value.clone();
+    }
+    spec
+}
+
+/// A port with the MAC address and address that end in `last`.
+pub(crate) fn port(network: Uuid, host: &str, last: u8, more: &Value) -> Value {
+    let mut spec = json!({
+        "network": network,
+        "host": host,
+        "mac": mac(last),
+        "fixed_ips": [{"subnet": "main", "address": format!("10.7.0.{last}")}],
+    });
+    for (key, value) in more.as_object().unwrap() {
+        spec[key] = value.clone();
+    }
+    spec
+}
+
+pub(crate) fn mac(last: u8) -> String {
+    format!("fa:16:3e:00:00:{last:02x}")
+}
+
+/// The first eleven characters of an id, as names of links have them.
+pub(crate) fn short(id: Uuid) -> String {
+    id.to_string().chars().take(11).collect()
+}
