@@ -99,12 +99,12 @@ fn every_document_that_was_answered_for_is_there_after_kill_at_any_moment() {
             let Some(rest) = line.strip_prefix("accepted ") else { return };
             // The last line may be torn.
             let mut words = rest.split(' ').map(str::parse::<u64>);
-            if let (Some(Ok(object)), Some(Ok(generation))) = (words.next(), words.next()) {
-                if generation >= round * 1_000_000 {
-                    let newest = told.entry(object).or_insert(0);
-                    *newest = generation.max(*newest);
-                    total += 1;
-                }
+            if let (Some(Ok(object)), Some(Ok(generation))) = (words.next(), words.next())
+                && generation >= round * 1_000_000
+            {
+                let newest = told.entry(object).or_insert(0);
+                *newest = generation.max(*newest);
+                total += 1;
             }
         };
         // Another moment each round: after so many lines, somewhere in a commit.

@@ -21,6 +21,9 @@ const MOST_TOGETHER: usize = 512;
 
 type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 
+/// Answers one request, with the failure of its batch if that failed.
+type Later = Box<dyn FnOnce(Option<&Refused>) + Send>;
+
 /// What the writer is asked to do.
 pub(super) enum Command {
     Apply {
@@ -69,7 +72,7 @@ pub(super) struct Writer {
     batch: Batch,
     /// Objects of the batch, so that a later command overwrites an earlier one's row.
     rows: BTreeMap<ObjectRef, Option<(Held, Accepted)>>,
-    answers: Vec<Box<dyn FnOnce(Option<&Refused>) + Send>>,
+    answers: Vec<Later>,
 }
 
 impl Writer {
