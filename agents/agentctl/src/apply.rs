@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
-use stackhand_bus::{BusError, LockGuard};
+use stackhand_bus::BusError;
 use stackhand_model::{AgentKind, Connector, Document, ErrorCode, ObjectRef, Spec};
 use stackhand_runtime::api::Condition;
 use stackhand_runtime::client::{AgentClient, ClientError};
@@ -21,41 +21,6 @@ use crate::manifest::plan::{Action, Item, Plan, plan};
 use crate::manifest::source::Piece;
 use crate::objects::Gathered;
 use crate::progress::{Target, watch};
-
-/// How long a controller waits for another one to finish.
-const LOCK_LIMIT: Duration = Duration::from_secs(120);
-
-/// Keeps other controllers from applying to the cloud at the same time.
-#[derive(Debug)]
-pub(crate) enum Lock {
-    /// Over the broker.
-    Bus { _guard: LockGuard },
-    /// By a file beside the sockets.
-    File { _file: std::fs::File },
-}
-
-/// Takes the lock of the fleet's cloud.
-///
-/// # Errors
-///
-/// Another controller has held it for two minutes.
-pub(crate) async fn lock(fleet: &Fleet, run_dir: &std::path::Path) -> Result<Lock> {
-    let name = format!("stackhand.apply.{}", fleet.cloud());
-    let busy = || format!("another controller is applying to cloud {:?}", fleet.cloud());
-    if let Some(bus) = fleet.bus() {
-        return match bus.lock(&name, LOCK_LIMIT).await {
-            Ok(guard) => Ok(Lock::Bus { _guard: guard }),
-            Err(error) => Err(anyhow::Error::new(error).context(busy())),
-        };
-    }
-    let path = run_dir.join(format!("{name}.lock"));
-    let file = std::fs::File::create(&path)
-        .with_context(|| format!("cannot create lock {}", path.display()))?;
-    let locking = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
-    let locked = tokio::time::timeout(LOCK_LIMIT, locking).await.with_context(busy)?;
-    let file = locked?.with_context(|| format!("cannot lock {}", path.display()))?;
-    Ok(Lock::File { _file: file })
-}
 
 /// Works out what a manifest means for the agents. Sends nothing.
 ///
@@ -120,9 +85,14 @@ fn connector(host: &str, facts: &Value) -> Connector {
 pub(crate) async fn rehearse(members: &[Member], plan: &Plan) -> Result<()> {
     let mut problems = Vec::new();
     let mut asking = FuturesUnordered::new();
+    let mut batches: BTreeMap<Place, Vec<Document>> = BTreeMap::new();
+    // Both stages at once: an instance is judged with its image.
     for (place, items) in plan.stages().into_iter().flatten() {
+        let documents = items.iter().map(|item| item.document.clone());
+        batches.entry(place).or_default().extend(documents);
+    }
+    for (place, documents) in batches {
         let client = client(members, &place)?;
-        let documents: Vec<Document> = items.iter().map(|item| item.document.clone()).collect();
         asking.push(async move { (place, client.dry_run(&documents).await) });
     }
     while let Some((place, answer)) = asking.next().await {

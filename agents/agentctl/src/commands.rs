@@ -17,6 +17,8 @@ pub(crate) mod man;
 pub(crate) mod ping;
 pub(crate) mod schema;
 pub(crate) mod show;
+#[cfg(test)]
+mod tests;
 pub(crate) mod wait;
 
 use anyhow::Result;
@@ -31,6 +33,9 @@ use crate::settings::Settings;
 pub(crate) struct Session {
     pub(crate) settings: Settings,
     pub(crate) console: Console,
+    /// A transport to use in place of the one that the settings name.
+    #[cfg(test)]
+    pub(crate) bus: Option<std::sync::Arc<dyn stackhand_bus::Transport>>,
 }
 
 impl Session {
@@ -40,6 +45,12 @@ impl Session {
     ///
     /// As [`Fleet::connect`].
     pub(crate) async fn fleet(&self) -> Result<Fleet> {
+        #[cfg(test)]
+        if let Some(bus) = &self.bus {
+            let link = crate::fleet::Link::Bus(std::sync::Arc::clone(bus));
+            let settings = &self.settings;
+            return Ok(Fleet::over(link, &settings.cloud.value, settings.timeout.value));
+        }
         Fleet::connect(&self.settings).await
     }
 }

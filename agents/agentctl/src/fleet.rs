@@ -1,6 +1,5 @@
 //! Reaching agents: over a broker, or over the sockets of this host.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,12 +8,12 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
-use stackhand_bus::{Context, ReadFrom, Stream, Transport};
+use stackhand_bus::{Context, LockGuard, ReadFrom, Stream, Transport};
 use stackhand_model::{AgentKind, nearest};
 use stackhand_runtime::client::AgentClient;
 use stackhand_runtime::report;
 
-use crate::exit::Usage;
+use crate::exit::{Usage, chain};
 use crate::roster::{self, AgentRow, INTERVALS, Records};
 use crate::settings::Settings;
 
@@ -28,7 +27,7 @@ const MOST_OLD_REPORTS: u64 = 20_000;
 #[derive(Debug)]
 pub(crate) enum Link {
     /// The sockets of this host, one transport per agent that has one.
-    Local(Vec<(AgentKind, Result<Arc<dyn Transport>, String>)>),
+    Local(Vec<(AgentKind, Arc<dyn Transport>)>),
     /// A broker.
     Bus(Arc<dyn Transport>),
 }
@@ -88,7 +87,7 @@ impl Fleet {
                 let key = settings.key.value.as_deref();
                 Link::Bus(crate::link::broker(url, key, settings.timeout.value).await?)
             }
-            None => Link::Local(crate::link::sockets(&settings.run_dir.value).await?),
+            None => Link::Local(crate::link::sockets(&settings.run_dir.value)?),
         };
         Ok(Self::over(link, &settings.cloud.value, settings.timeout.value))
     }
@@ -161,30 +160,38 @@ impl Fleet {
             .collect())
     }
 
-    async fn local_member(
-        &self,
-        agent: AgentKind,
-        transport: &Result<Arc<dyn Transport>, String>,
-    ) -> Member {
+    async fn local_member(&self, agent: AgentKind, transport: &Arc<dyn Transport>) -> Member {
         let host = this_host();
-        let id = report::agent_id(&self.cloud, &host, agent);
-        let (transport, failed) = match transport {
-            Ok(transport) => (Arc::clone(transport), None),
-            Err(reason) => (crate::link::nowhere(), Some(reason.clone())),
-        };
         // The socket leads to one agent, whatever its host is called.
-        let client = self.client(transport, agent, &host);
-        let row = match failed {
-            Some(reason) => AgentRow::unreachable(id, agent, &host, reason),
-            None => {
-                let asking = client.clone().with_limit(self.limit.min(Duration::from_secs(5)));
-                match asking.report().await {
-                    Ok(report) => AgentRow::from_report(&report, Timestamp::now()),
-                    Err(error) => AgentRow::unreachable(id, agent, &host, error.to_string()),
-                }
+        let client = self.client(Arc::clone(transport), agent, &host);
+        let asking = client.clone().with_limit(self.limit.min(Duration::from_secs(5)));
+        let row = match asking.report().await {
+            Ok(report) => AgentRow::from_report(&report, Timestamp::now()),
+            Err(error) => {
+                let id = report::agent_id(&self.cloud, &host, agent);
+                AgentRow::unreachable(id, agent, &host, chain(&error.into()))
             }
         };
         Member { row, client }
+    }
+
+    /// Takes the lock that keeps controllers of the cloud apart.
+    ///
+    /// # Errors
+    ///
+    /// Another controller holds it for longer than a call may take; nobody is there.
+    pub(crate) async fn lock(&self) -> Result<LockGuard> {
+        let transport = match &self.link {
+            Link::Bus(transport) => transport,
+            Link::Local(sockets) => match sockets.first() {
+                Some((_, transport)) => transport,
+                None => bail!("{}", self.nobody(&[])),
+            },
+        };
+        let name = format!("stackhand.apply.{}", self.cloud);
+        transport.lock(&name, self.limit).await.with_context(|| {
+            format!("cannot take the lock of cloud {:?}: is another apply running?", self.cloud)
+        })
     }
 
     /// The agents that a filter admits; a host that nobody knows is an error.
@@ -335,17 +342,7 @@ async fn each<T: DeserializeOwned>(
 /// What agents of this host call it, unless their settings say otherwise.
 pub(crate) fn this_host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map(|name| name.trim().to_owned())
-        .unwrap_or_else(|_| "localhost".to_owned())
-}
-
-/// The sockets of the agents in `run_dir`: which exist.
-pub(crate) fn socket_paths(run_dir: &Path) -> Vec<(AgentKind, std::path::PathBuf)> {
-    AgentKind::ALL
-        .into_iter()
-        .map(|agent| (agent, run_dir.join(format!("{agent}.sock"))))
-        .filter(|(_, path)| path.exists())
-        .collect()
+        .map_or_else(|_| "localhost".to_owned(), |name| name.trim().to_owned())
 }
 
 /// Sorts rows as they are listed.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use stackhand_bus::amqp::{AmqpOptions, AmqpTransport, AmqpUrl};
-use stackhand_bus::memory::MemoryBroker;
+use stackhand_bus::local::LocalTransport;
 use stackhand_bus::{LinkState, Transport};
 use stackhand_model::AgentKind;
 use stackhand_runtime::config::BusUrl;
@@ -37,19 +37,20 @@ pub(crate) async fn broker(
     Ok(Arc::new(transport))
 }
 
-/// Opens the sockets of the agents in `run_dir`.
+/// Opens the sockets of the agents in `run_dir`. Connecting comes with the first question.
 ///
 /// # Errors
 ///
 /// The folder is there and cannot be read.
-pub(crate) async fn sockets(
-    run_dir: &Path,
-) -> Result<Vec<(AgentKind, Result<Arc<dyn Transport>, String>)>> {
-    let _ = run_dir;
-    Ok(Vec::new())
-}
-
-/// A transport at whose other end nobody is.
-pub(crate) fn nowhere() -> Arc<dyn Transport> {
-    Arc::new(MemoryBroker::new().transport())
+pub(crate) fn sockets(run_dir: &Path) -> Result<Vec<(AgentKind, Arc<dyn Transport>)>> {
+    let mut found: Vec<(AgentKind, Arc<dyn Transport>)> = Vec::new();
+    for agent in AgentKind::ALL {
+        let path = run_dir.join(format!("{agent}.sock"));
+        let there =
+            path.try_exists().with_context(|| format!("cannot look for {}", path.display()))?;
+        if there {
+            found.push((agent, Arc::new(LocalTransport::connect(path))));
+        }
+    }
+    Ok(found)
 }

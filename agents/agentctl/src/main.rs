@@ -16,6 +16,8 @@ mod progress;
 mod roster;
 mod settings;
 mod table;
+#[cfg(test)]
+mod testing;
 
 use std::process::ExitCode;
 
@@ -47,7 +49,12 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<Exit> {
     let settings = Settings::load(&cli.globals)?;
     let console = Console::of_process(settings.output.value);
-    let mut session = Session { settings, console };
+    let mut session = Session {
+        settings,
+        console,
+        #[cfg(test)]
+        bus: None,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -259,11 +259,11 @@ impl Layers<'_> {
             return Ok(Sourced { value: read(text), source: Source::Environment(name) });
         }
         Ok(self
-            .from_files(from_file)
+            .in_files(from_file)
             .unwrap_or_else(|| Sourced { value: default(), source: Source::Default }))
     }
 
-    fn from_files<T>(&self, from_file: impl Fn(&File) -> Option<T>) -> Option<Sourced<T>> {
+    fn in_files<T>(&self, from_file: impl Fn(&File) -> Option<T>) -> Option<Sourced<T>> {
         self.files.iter().find_map(|(path, file)| {
             from_file(file).map(|value| Sourced { value, source: Source::File(path.clone()) })
         })
@@ -280,7 +280,7 @@ impl Layers<'_> {
             let url = url.to_string_lossy().into_owned();
             Sourced { value: Some(url), source: Source::Environment("AGENTCTL_URL") }
         } else {
-            self.from_files(|file| match (file.local, &file.url) {
+            self.in_files(|file| match (file.local, &file.url) {
                 (Some(true), _) => Some(None),
                 (_, Some(url)) => Some(Some(url.clone())),
                 _ => None,

@@ -13,7 +13,7 @@ use stackhand_runtime::api::{Condition, FieldChange};
 use uuid::Uuid;
 
 use super::Session;
-use crate::apply::{carry_out, client, lock, prepare, rehearse, targets};
+use crate::apply::{carry_out, client, prepare, rehearse, targets};
 use crate::console::Output;
 use crate::exit::Exit;
 use crate::fleet::Filter;
@@ -108,7 +108,7 @@ pub(crate) async fn run(args: &Apply, session: &mut Session) -> Result<Exit> {
     let fleet = session.fleet().await?;
     let lock = match args.dry_run {
         true => None,
-        false => Some(lock(&fleet, &session.settings.run_dir.value).await?),
+        false => Some(fleet.lock().await?),
     };
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;
     warn_of_silent(&gathered, session);
@@ -227,7 +227,6 @@ fn table(rows: &[ChangeRow], out: &mut Table) {
         let tone = match row.action {
             Action::Create | Action::Copy => Tone::Good,
             Action::Update => Tone::Warning,
-            Action::Delete => Tone::Bad,
             Action::Unchanged => Tone::Plain,
         };
         out.row([

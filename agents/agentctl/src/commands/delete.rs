@@ -12,7 +12,7 @@ use stackhand_runtime::api::Condition;
 use uuid::Uuid;
 
 use super::Session;
-use crate::apply::{client, lock};
+use crate::apply::client;
 use crate::exit::{Exit, NotWell, Usage};
 use crate::fleet::Filter;
 use crate::manifest::draft::drafts;
@@ -72,7 +72,7 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
         bail!(Usage::new("name the objects to delete; `agentctl get KIND` lists them"));
     }
     let fleet = session.fleet().await?;
-    let _lock = lock(&fleet, &session.settings.run_dir.value).await?;
+    let _lock = fleet.lock().await?;
     let gathered = gather_all(&fleet, &Filter::default()).await?;
     for silent in &gathered.silent {
         session.console.note(&format!("agentctl: it keeps what it holds: {silent}"));

@@ -127,10 +127,10 @@ async fn local(
 ) -> Result<()> {
     let host = this_host();
     let run_dir = &session.settings.run_dir.value;
-    let sockets = link::sockets(run_dir).await?;
+    let sockets = link::sockets(run_dir)?;
     for agent in AgentKind::ALL.into_iter().filter(|agent| wanted(*agent)) {
         let socket = sockets.iter().find(|(it, _)| *it == agent);
-        if let Some((_, Ok(transport))) = socket {
+        if let Some((_, transport)) = socket {
             let client = AgentClient::new(transport.clone(), agent, &host).with_limit(LIMIT);
             match client.ping().await {
                 Ok(_pong) => {

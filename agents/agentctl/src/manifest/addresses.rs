@@ -369,20 +369,31 @@ fn floating_ips(drafts: &mut Drafts, held: &Held, used: &mut Used, problems: &mu
             Some(Document { spec: Spec::FloatingIp(floating), .. }) => Some(floating.address),
             _ => None,
         };
-        let chosen = kept.map(Ok).unwrap_or_else(|| {
-            let router = draft.id("router").ok_or("spec.router is needed")?;
-            let network_id = external_network(router, drafts, held)
-                .ok_or("is needed: the router has no gateway whose network has addresses")?;
-            let network = network(network_id, drafts, held)
-                .ok_or("is needed: the router's external network is not known")?;
-            let subnets = network.subnets.iter().filter(|it| it.cidr.addr().is_ipv4());
-            let mut free = subnets.filter_map(|subnet| used.take(network_id, subnet));
-            free.next().ok_or("the external network has no free address")
-        });
+        let chosen = match kept {
+            Some(kept) => Ok(kept),
+            None => lowest_external(draft, drafts, held, used),
+        };
         let Some(draft) = drafts.get_mut(&object) else { continue };
         match chosen {
             Ok(address) => draft.set("address", address.to_string()),
             Err(problem) => problems.push(draft.problem("spec.address", problem)),
         }
     }
+}
+
+/// The lowest free IPv4 address of the external network that a floating IP's router leads to.
+fn lowest_external(
+    floating: &Draft,
+    drafts: &Drafts,
+    held: &Held,
+    used: &mut Used,
+) -> Result<IpAddr, &'static str> {
+    let router = floating.id("router").ok_or("cannot be chosen: spec.router is needed")?;
+    let network_id = external_network(router, drafts, held)
+        .ok_or("is needed: the router has no gateway whose network is known")?;
+    let network = network(network_id, drafts, held)
+        .ok_or("is needed: the router's external network is not known")?;
+    let subnets = network.subnets.iter().filter(|it| it.cidr.addr().is_ipv4());
+    let mut free = subnets.filter_map(|subnet| used.take(network_id, subnet));
+    free.next().ok_or("the external network has no free address")
 }

@@ -49,7 +49,7 @@ struct Owner<'a> {
 }
 
 impl Owner<'_> {
-    fn make(&self, kind: Kind, name: &str, spec: Value) -> Value {
+    fn make(&self, kind: Kind, name: &str, spec: &Value) -> Value {
         let id = id_from_name(self.cloud, self.kind, self.name);
         json!({
             "kind": kind.as_str(),
@@ -78,7 +78,7 @@ impl Owner<'_> {
             made.push(self.make(
                 Kind::Attachment,
                 &attachment_name(self.name, &name),
-                json!({"volume": name, "connector": connector}),
+                &json!({"volume": name, "connector": connector}),
             ));
         }
         made
@@ -104,7 +104,7 @@ impl Owner<'_> {
                     port["fixed_ips"] = json!([fixed]);
                 }
             }
-            made.push(self.make(Kind::Port, &name, port));
+            made.push(self.make(Kind::Port, &name, &port));
             Value::String(name)
         };
         for end in list(spec, "interfaces") {

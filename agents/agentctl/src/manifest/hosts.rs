@@ -171,12 +171,13 @@ fn unknown(kind: Kind, host: &str, held: &Held) -> Option<String> {
     if hosts.contains(host) || kind == Kind::Port {
         return None;
     }
-    let hint = nearest(host, hosts.iter().copied())
-        .map(|near| format!("; did you mean {near}?"))
-        .unwrap_or_else(|| match hosts.len() {
-            0 => String::new(),
-            _ => format!("; hosts are {}", hosts.into_iter().collect::<Vec<_>>().join(", ")),
-        });
+    let hint = match (nearest(host, hosts.iter().copied()), hosts.is_empty()) {
+        (Some(near), _) => format!("; did you mean {near}?"),
+        (None, true) => String::new(),
+        (None, false) => {
+            format!("; hosts are {}", hosts.into_iter().collect::<Vec<_>>().join(", "))
+        }
+    };
     Some(format!("no {} is known on {host:?}{hint}", kind.agent().binary()))
 }
 

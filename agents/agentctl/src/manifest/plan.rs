@@ -24,8 +24,6 @@ pub(crate) enum Action {
     Copy,
     /// It is held as it is wanted.
     Unchanged,
-    /// It is to go.
-    Delete,
 }
 
 impl Action {
@@ -36,7 +34,6 @@ impl Action {
             Self::Update => "update",
             Self::Copy => "copy",
             Self::Unchanged => "unchanged",
-            Self::Delete => "delete",
         }
     }
 }

@@ -209,7 +209,7 @@ mod tests {
         let problem = |path: &Path| read(&[path.to_owned()], &Values::new()).unwrap_err();
         assert_eq!(problem(&empty).to_string(), "the manifest holds no documents");
         assert!(problem(&folder.path().join("no.yaml")).to_string().starts_with("cannot read "));
-        assert!(problem(folder.path()).to_string().contains("README") == false);
+        assert!(!problem(folder.path()).to_string().contains("README"));
     }
 
     #[test]

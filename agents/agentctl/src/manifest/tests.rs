@@ -490,12 +490,9 @@ spec: {network: net, host: node1, fixed_ips: []}
     assert_eq!(addresses(port(&completed, "plain")), ["v4=10.1.0.4", "v6=fd00::f816:3eff:fe00:1"]);
     assert_eq!(addresses(port(&completed, "none")), Vec::<String>::new());
     let wrong = text.replace("fixed_ips: []", "fixed_ips: [10.2.0.1, {subnet: v5}]");
-    let problems = super::complete::complete(
-        parse("m.yaml", &wrong, &Values::new()).unwrap(),
-        &cloud(&["node1"]),
-        CLOUD,
-    )
-    .unwrap_err();
+    let problems =
+        complete(parse("m.yaml", &wrong, &Values::new()).unwrap(), &cloud(&["node1"]), CLOUD)
+            .unwrap_err();
     assert!(
         problems[0].ends_with("spec.fixed_ips[0]: 10.2.0.1 is in no subnet of the port's network"),
         "{problems:?}"
