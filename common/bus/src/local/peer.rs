@@ -116,7 +116,7 @@ mod tests {
         assert!(!stranger.may_ask(group));
         assert!(!stranger.may_ask(None));
         assert!(Peer { gid: 777, ..stranger.clone() }.may_ask(group));
-        assert!(Peer { groups: vec![5, 777], ..stranger.clone() }.may_ask(group));
+        assert!(Peer { groups: vec![5, 777], ..stranger }.may_ask(group));
         assert!(Peer { uid: 0, ..stranger }.may_ask(None));
     }
 }
