@@ -1,0 +1,167 @@
+//! Calls a second over RabbitMQ, ours against Python's oslo.messaging on the same broker.
+//!
+//! Caller and server are two processes on both sides; requests and answers are alike.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use futures_util::future::{BoxFuture, join_all};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use stackhand_bus::amqp::{AmqpOptions, AmqpTransport};
+use stackhand_bus::{CallLimits, Delivered, Failure, Handler, Request, Service, Target, Transport};
+use stackhand_testkit::broker::Broker;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use crate::table::Row;
+
+/// Callers at once, and calls in all, of each round.
+const ROUNDS: [(usize, usize); 2] = [(1, 1_000), (16, 8_000)];
+
+/// Answers with what it was asked.
+#[derive(Debug)]
+struct Echo;
+
+impl Handler for Echo {
+    fn handle(&self, delivered: Delivered) -> BoxFuture<'_, Result<Value, Failure>> {
+        Box::pin(async move { Ok(Value::Object(delivered.request.args)) })
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Speed {
+    calls_per_second: f64,
+    p50_ms: f64,
+    p99_ms: f64,
+}
+
+fn connect(url: &str) -> anyhow::Result<AmqpTransport> {
+    Ok(AmqpTransport::connect(url.parse()?, &AmqpOptions::default())?)
+}
+
+/// Serves until standard input ends.
+pub(crate) async fn serve(url: &str) -> anyhow::Result<()> {
+    let transport = connect(url)?;
+    let service = Service {
+        exchange: "bench".into(),
+        topic: "rust".into(),
+        server: "bench".into(),
+        concurrency: 64,
+    };
+    let _serving = transport.serve(service, Arc::new(Echo)).await?;
+    tokio::io::stdin().read_to_end(&mut Vec::new()).await?;
+    Ok(())
+}
+
+/// Measures both and compares.
+pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
+    let broker = tokio::task::spawn_blocking(Broker::start).await?;
+    let python = python().await?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../python/bench.py");
+
+    let mut their_server =
+        child(Command::new(&python).arg(&script).arg("serve").arg(broker.url()))?;
+    let mut ready = String::new();
+    let output = their_server.stdout.take().context("the Python server has no output")?;
+    BufReader::new(output).read_line(&mut ready).await?;
+    ensure!(ready.trim() == "ready", "the Python server did not start");
+    let _our_server =
+        child(Command::new(std::env::current_exe()?).arg("rpc-server").arg(broker.url()))?;
+
+    let transport = Arc::new(connect(&broker.url())?);
+    let mut rows = Vec::new();
+    for (callers, calls) in ROUNDS {
+        let theirs = their_speed(&python, &script, &broker.url(), calls, callers).await?;
+        let ours = our_speed(&transport, calls, callers).await?;
+        let what = |what: &str| format!("rpc, {callers} at once: {what}");
+        rows.push(Row::times(
+            &what("calls"),
+            ours.calls_per_second,
+            "/s",
+            theirs.calls_per_second,
+            3.0,
+        ));
+        rows.push(Row::told(&what("p50"), ours.p50_ms, "ms"));
+        rows.push(Row::told(&what("p50 of Python's"), theirs.p50_ms, "ms"));
+        rows.push(Row::told(&what("p99"), ours.p99_ms, "ms"));
+        rows.push(Row::told(&what("p99 of Python's"), theirs.p99_ms, "ms"));
+    }
+    transport.close().await;
+    Ok(rows)
+}
+
+fn child(command: &mut Command) -> anyhow::Result<Child> {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {command:?}"))
+}
+
+/// The interpreter with oslo.messaging.
+async fn python() -> anyhow::Result<String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/python-venv");
+    let output = Command::new(script).stderr(Stdio::inherit()).output().await?;
+    ensure!(output.status.success(), "scripts/python-venv failed");
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+async fn their_speed(
+    python: &str,
+    script: &Path,
+    url: &str,
+    calls: usize,
+    callers: usize,
+) -> anyhow::Result<Speed> {
+    // A quarter of ours is enough to tell.
+    let calls = (calls / 4).to_string();
+    let output = Command::new(python)
+        .arg(script)
+        .args(["call", url, &calls, &callers.to_string()])
+        .stderr(Stdio::inherit())
+        .output()
+        .await?;
+    ensure!(output.status.success(), "the Python caller failed");
+    serde_json::from_slice(&output.stdout).context("the Python caller printed no figures")
+}
+
+async fn our_speed(
+    transport: &Arc<AmqpTransport>,
+    calls: usize,
+    callers: usize,
+) -> anyhow::Result<Speed> {
+    let limits = CallLimits::total(Duration::from_secs(30));
+    let target = Target::topic("bench", "rust").on_server("bench");
+    transport.call(&target, Request::new("echo", json!({"warm": "up"})), limits).await?;
+    let begun = Instant::now();
+    let work = |_caller| {
+        let (transport, target) = (Arc::clone(transport), target.clone());
+        tokio::spawn(async move {
+            let mut latencies = Vec::with_capacity(calls / callers);
+            for number in 0..calls / callers {
+                let args = json!({"number": number, "text": "x".repeat(100)});
+                let begun = Instant::now();
+                transport.call(&target, Request::new("echo", args), limits).await?;
+                latencies.push(begun.elapsed().as_secs_f64() * 1000.0);
+            }
+            anyhow::Ok(latencies)
+        })
+    };
+    let mut latencies = Vec::with_capacity(calls);
+    for caller in join_all((0..callers).map(work)).await {
+        latencies.extend(caller??);
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    latencies.sort_by(f64::total_cmp);
+    let made = u32::try_from(latencies.len())?;
+    Ok(Speed {
+        calls_per_second: f64::from(made) / seconds,
+        p50_ms: latencies[latencies.len() / 2],
+        p99_ms: latencies[latencies.len() * 99 / 100],
+    })
+}
