@@ -16,7 +16,6 @@ use crate::settings::Globals;
 #[command(
     name = "agentctl",
     version,
-    max_term_width = 100,
     after_help = "\
 Exit status:
   0  done, and all is well
@@ -42,50 +41,31 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// The commands; what each does is told where its arguments are.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// List the agents: alive or down, since when and why
     #[command(visible_alias = "ls")]
     List(list::List),
-    /// Show all that is known about one agent
     Show(show::Show),
-    /// Show facts about hosts: capacity, versions, what the kernel can do
     Facts(facts::Facts),
-    /// Check whether this host is fit for the agents installed on it
     Doctor(doctor::Doctor),
-    /// List the objects that agents hold, with their states
     Get(get::Get),
-    /// Show one object: document, state and facts seen on the host
     Describe(get::Describe),
-    /// Show what happened lately
     Events(events::Events),
-    /// Enable or disable a host for new objects
     #[command(subcommand)]
     Host(host::HostCommand),
-    /// Ask agents whether they are there, and how fast they answer
     Ping(ping::Ping),
-    /// Apply a manifest: make the hosts as it says
     Apply(apply::Apply),
-    /// Show what applying a manifest would change
     #[command(visible_alias = "diff")]
     Plan(apply::PlanCommand),
-    /// Delete what a manifest names, or one object
     Delete(delete::Delete),
-    /// Wait until objects are active or gone
     Wait(wait::Wait),
-    /// Perform an action on an object, such as a reboot
     Act(act::Act),
-    /// Write what the agents hold as a manifest
     Export(export::Export),
-    /// Print the JSON Schema of documents
     Schema(schema::Schema),
-    /// Make a key pair that signs commands sent over a broker
     Keygen(keygen::Keygen),
-    /// Show the settings in effect, and where each comes from
     Config(config::Config),
-    /// Print a completion script for a shell
     Completion(completion::Completion),
-    /// Write the manual pages into a folder
     #[command(hide = true)]
     Man(man::Man),
 }

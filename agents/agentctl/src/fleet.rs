@@ -313,7 +313,8 @@ async fn read_roster(transport: &dyn Transport, cloud: &str) -> Result<Vec<Agent
     if records.silent() > 0 {
         let agents = u64::try_from(records.len()).unwrap_or(u64::MAX).max(1);
         let affordable = MOST_OLD_REPORTS.saturating_mul(interval) / agents;
-        if affordable > recent {
+        // Worth another look only where it reaches much further back.
+        if affordable > 2 * recent {
             let from = ReadFrom::Age(Duration::from_secs(affordable.min(longest)));
             each(transport, &heartbeats, from, |it| records.reported(it)).await?;
         }
