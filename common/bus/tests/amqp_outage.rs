@@ -32,7 +32,10 @@ async fn keep_calling(client: &dyn Transport, topic: &str, caller: usize, load: 
     let mut number = 0;
     while !load.done.load(Ordering::Relaxed) {
         let name = format!("{caller}-{number}");
-        let request = Request::new("effect", json!({"name": name, "ms": 5}));
+        let request = Request::new(
+            "effect",
+            json!({"name": name, "ms": if caller % 2 == 0 { 5 } else { 150 }}),
+        );
         let answer = client.call(&target(topic), request, limits).await;
         assert_eq!(answer.unwrap(), json!({"done": name}));
         load.answered.fetch_add(1, Ordering::Relaxed);
@@ -138,8 +141,10 @@ fn a_broker_that_is_killed_costs_no_answer_and_repeats_no_effect() {
         tokio::join!(plain, durable_queues, outage);
         assert_eq!(stopped.into_inner(), 2);
 
-        // The stream is on disk.
+        // The stream is on disk; after a crash its leader needs a moment.
+        let begun = Instant::now();
         idle.publish(&stream, json!(2)).await.unwrap();
+        println!("the stream takes records again after another {:?}", begun.elapsed());
         let records = idle.read(&stream, ReadFrom::First, false).await.unwrap();
         let bodies: Vec<_> = records.map(|record| record.unwrap().body).collect().await;
         assert_eq!(bodies, [json!(1), json!(2)]);

@@ -202,8 +202,9 @@ pub(super) async fn call(
             }
             Err(error) => return Err(error),
         };
-        if let Err(DeclareError::Refused(reason)) = shared.replies.consume(shared, &session).await {
-            return Err(BusError::Refused { peer: session.peer.clone(), reason });
+        match shared.replies.consume(shared, &session).await {
+            Ok(()) | Err(DeclareError::LinkLost) => {}
+            Err(error) => return Err(error.into_bus_error(&session.peer)),
         }
         if handed_over {
             let kept = Instant::now() + KEPT_ANSWER;
@@ -225,7 +226,7 @@ pub(super) async fn call(
         };
         match sent {
             Ok(()) => handed_over = true,
-            Err(SendError::LinkLost) => continue,
+            Err(SendError::LinkLost | SendError::NotYet(_)) => continue,
             Err(SendError::Unroutable | SendError::NoExchange) => {
                 return Err(BusError::Undeliverable { target: target.to_string() });
             }
@@ -354,6 +355,7 @@ pub(super) async fn send(
 ) -> Result<(), BusError> {
     let limit = seconds(shared.options.send_timeout_seconds);
     let deadline = Instant::now() + limit;
+    let mut not_yet = None;
     loop {
         let session = shared.session(deadline).await?;
         let peer = session.peer.clone();
@@ -372,6 +374,13 @@ pub(super) async fn send(
                 if let Needs::Queue(queue) = needs {
                     session.forget_queue(&queue.name);
                 }
+            }
+            Ok(Err(SendError::NotYet(reason))) => {
+                not_yet = Some(reason);
+                tokio::time::sleep_until(deadline.min(Instant::now() + NO_QUEUE_PAUSE)).await;
+            }
+            Err(_) if not_yet.is_some() => {
+                return Err(BusError::Unreachable { peer, reason: not_yet.unwrap_or_default() });
             }
             Err(_) => {
                 let reason = format!("the broker did not take the message within {limit:?}");

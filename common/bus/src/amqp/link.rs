@@ -232,7 +232,7 @@ async fn connect(
                         refused |= matches!(error, DeclareError::Refused(_));
                         let reason = match error {
                             DeclareError::LinkLost => session.why().to_owned(),
-                            DeclareError::Refused(reason) => reason,
+                            DeclareError::NotYet(reason) | DeclareError::Refused(reason) => reason,
                         };
                         session.close().await;
                         reasons.push(format!("{peer}: {reason}"));
@@ -273,7 +273,9 @@ async fn run(shared: &Arc<Shared>, session: &Arc<Session>) {
     shared.set_up(session);
     // A server or first call that came between preparing and now finds the session by itself
     // or is started here; both do no harm.
-    if let Err(DeclareError::Refused(reason)) = shared.start_servers(session).await {
+    if let Err(DeclareError::Refused(reason) | DeclareError::NotYet(reason)) =
+        shared.start_servers(session).await
+    {
         session.end(reason);
     }
     tokio::select! {

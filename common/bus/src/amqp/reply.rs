@@ -63,7 +63,7 @@ pub(super) async fn send(shared: Arc<Shared>, queue: String, body: Bytes) {
         let Ok(Some(session)) = tokio::time::timeout_at(oldest, next).await else { break };
         match send_once(&session, &queue, &body).await {
             Ok(()) => return,
-            Err(SendError::LinkLost) => {}
+            Err(SendError::LinkLost | SendError::NotYet(_)) => {}
             Err(SendError::Unroutable | SendError::NoExchange) => {
                 // A new session starts the clock anew: the caller reconnects too.
                 let since = match missing_since {

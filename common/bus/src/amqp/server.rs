@@ -81,6 +81,7 @@ pub(super) async fn serve(
         match server.start(shared, &session).await {
             // The supervisor starts it on the next session.
             Ok(()) | Err(DeclareError::LinkLost) => {}
+            Err(DeclareError::NotYet(reason)) => session.end(reason),
             Err(error) => {
                 shared.remove_server(&server);
                 return Err(error.into_bus_error(&session.peer));

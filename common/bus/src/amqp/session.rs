@@ -34,6 +34,8 @@ pub(super) enum SendError {
     Unroutable,
     /// The exchange is gone. It will be declared again.
     NoExchange,
+    /// The queue is there but does not work yet.
+    NotYet(String),
     /// The broker took it and said no.
     Refused(String),
 }
@@ -43,6 +45,8 @@ pub(super) enum SendError {
 pub(super) enum DeclareError {
     /// The session ended.
     LinkLost,
+    /// A replicated queue exists and has no leader now, as after a node's crash. It will.
+    NotYet(String),
     /// The broker refuses, and will again.
     Refused(String),
 }
@@ -51,6 +55,7 @@ impl From<DeclareError> for SendError {
     fn from(error: DeclareError) -> Self {
         match error {
             DeclareError::LinkLost => Self::LinkLost,
+            DeclareError::NotYet(reason) => Self::NotYet(reason),
             DeclareError::Refused(reason) => Self::Refused(reason),
         }
     }
@@ -240,7 +245,11 @@ impl Session {
                 );
                 self.try_queue(&mut declarer, queue, true).await
             }
-            Err(error) if code(&error) == Some(404) => {
+            // Quorum queues and streams find a leader again, with all they hold. A classic
+            // queue is on one node; it is of use to nobody until that is back.
+            Err(error)
+                if code(&error) == Some(404) && !queue.arguments.contains_key("x-queue-type") =>
+            {
                 tracing::warn!(queue = queue.name, %error, "queue is stuck; making it anew");
                 let channel =
                     self.declaring(&mut declarer).await.map_err(|error| self.lost(&error))?;
@@ -395,6 +404,9 @@ impl Session {
 
     /// Sorts an error of a declaration: refusals leave the session as it is.
     pub(super) fn refused(&self, what: &str, error: &lapin::Error) -> DeclareError {
+        if code(error) == Some(404) {
+            return DeclareError::NotYet(format!("cannot declare {what} yet: {error}"));
+        }
         let said = match error.kind() {
             ErrorKind::ProtocolError(amqp) if error.is_amqp_soft_error() => {
                 amqp.get_message().to_string()
@@ -422,6 +434,7 @@ impl DeclareError {
         let peer = peer.to_owned();
         match self {
             Self::LinkLost => BusError::Unreachable { peer, reason: "the connection broke".into() },
+            Self::NotYet(reason) => BusError::Unreachable { peer, reason },
             Self::Refused(reason) => BusError::Refused { peer, reason },
         }
     }

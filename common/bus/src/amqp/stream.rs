@@ -34,6 +34,9 @@ const ACK_EVERY: u64 = 128;
 /// A broker that holds a record delivers it well within this time.
 const SILENCE: Duration = Duration::from_secs(10);
 
+/// Between attempts to subscribe.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// How a mark begins; its id and the end of the object follow.
 const MARK: &str = r#"{"stackhand.mark":""#;
 
@@ -97,11 +100,18 @@ pub(super) async fn read(
     };
     // Subscribed before we return, so that a reader of what comes next misses nothing.
     let limit = seconds(shared.options.send_timeout_seconds);
-    let session = shared.session(Instant::now() + limit).await?;
-    let broke = |error: DeclareError| error.into_bus_error(&session.peer);
-    session.declare_queue_once(&stream_queue(stream)).await.map_err(broke)?;
+    let deadline = Instant::now() + limit;
     let start = Start::From(from);
-    let consumer = subscribe(&session, stream, start).await.map_err(broke)?;
+    let (session, consumer) = loop {
+        let session = shared.session(deadline).await?;
+        match subscribe(&session, stream, start).await {
+            Ok(consumer) => break (session, consumer),
+            Err(DeclareError::LinkLost | DeclareError::NotYet(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(AGAIN).await;
+            }
+            Err(error) => return Err(error.into_bus_error(&session.peer)),
+        }
+    };
 
     let (records, out) = mpsc::channel(256);
     let mut reader =
@@ -118,6 +128,7 @@ async fn subscribe(
     stream: &Stream,
     start: Start,
 ) -> Result<(Channel, Consumer), DeclareError> {
+    session.declare_queue_once(&stream_queue(stream)).await?;
     let channel = session.channel().await?;
     let consuming = async {
         channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
@@ -185,18 +196,14 @@ impl Reader {
             () = self.records.closed() => return None,
             session = self.shared.next_session() => session?,
         };
-        let subscribed = async {
-            session.declare_queue(&stream_queue(&self.stream)).await?;
-            subscribe(&session, &self.stream, self.start).await
-        };
-        match subscribed.await {
+        match subscribe(&session, &self.stream, self.start).await {
             Ok(consumer) => Some((session, consumer)),
             Err(error) => {
                 if let DeclareError::Refused(_) = error {
                     let error = error.into_bus_error(&session.peer);
                     let _ = self.records.send(Err(error)).await;
                 }
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                tokio::time::sleep(AGAIN).await;
                 None
             }
         }
