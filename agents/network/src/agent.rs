@@ -17,7 +17,6 @@ use stackhand_runtime::agent::{
     Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
 use stackhand_runtime::run::{AgentContext, StartError};
-use stackhand_runtime::wake::Wake;
 use tracing::{debug, info, warn};
 
 use crate::desired::{FIREWALL, HostWish, Local, host_wish};
@@ -29,8 +28,13 @@ use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
 
+/// How often a pass plans anew when its own changes made more to do.
+const ROUNDS: usize = 3;
+
+/// Asks for a pass, and for another try at objects that stand in somebody's way.
+pub type Wake = Arc<dyn Fn(&BTreeSet<ObjectRef>) + Send + Sync>;
+
 /// The network agent.
-#[derive(Debug)]
 pub struct NetworkAgent {
     local: Local,
     grace: Duration,
@@ -46,6 +50,12 @@ pub struct NetworkAgent {
     /// What the last pass found wrong with the host as a whole.
     troubles: Mutex<Vec<String>>,
     abilities: tokio::sync::OnceCell<Value>,
+}
+
+impl std::fmt::Debug for NetworkAgent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NetworkAgent").field("local", &self.local).finish_non_exhaustive()
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,7 +89,9 @@ impl NetworkAgent {
     pub async fn start(context: AgentContext<NetworkSettings>) -> Result<Self, StartError> {
         let local = local(&context.host, &context.settings.agent)?;
         let grace = Duration::from_secs(context.settings.agent.orphan_grace_seconds);
-        Ok(Self::new(local, grace, context.wake)?)
+        let wake = context.wake;
+        let ask = move |stuck: &BTreeSet<ObjectRef>| wake.objects_changed(stuck.iter().copied());
+        Ok(Self::new(local, grace, Arc::new(ask))?)
     }
 
     /// An agent for the network that the calling thread sees. Must be called inside a tokio
@@ -90,10 +102,12 @@ impl NetworkAgent {
     /// Fails if netlink is out of reach.
     pub fn new(local: Local, grace: Duration, wake: Wake) -> Result<Self, StartProblem> {
         let stuck: Arc<Mutex<BTreeSet<ObjectRef>>> = Arc::default();
-        let (ears, helped) = (wake.clone(), Arc::clone(&stuck));
-        let watcher =
-            Watcher::start(Arc::new(move || ears.objects_changed(lock(&helped).iter().copied())))
-                .map_err(StartProblem::Listen)?;
+        let (ask, helped) = (Arc::clone(&wake), Arc::clone(&stuck));
+        let heard = move || {
+            let stuck = lock(&helped).clone();
+            ask(&stuck);
+        };
+        let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
         let servers = Servers::default();
         Ok(Self {
             local,
@@ -119,10 +133,10 @@ impl NetworkAgent {
             if !known.contains_key(at) {
                 known.insert(at.clone(), now);
                 info!(link = %at, grace = ?self.grace, "found what nobody wants any more");
-                let (wake, grace) = (self.wake.clone(), self.grace);
+                let (wake, grace) = (Arc::clone(&self.wake), self.grace);
                 tokio::spawn(async move {
                     tokio::time::sleep(grace).await;
-                    wake.host_changed();
+                    wake(&BTreeSet::new());
                 });
             }
         }
@@ -232,20 +246,31 @@ impl Agent for NetworkAgent {
                 return PassReport { outcomes: work.due.iter().map(failed).collect(), writes: 0 };
             }
         };
-        self.let_go(&wish).await;
-        let (tried, mut failed) = self.perform(&made.steps, &work.due).await;
-        let (wish, seen, left) = if tried == 0 {
-            (wish, seen, made)
-        } else {
+        let (mut wish, mut seen, mut left) = (wish, seen, made);
+        let mut failed = BTreeMap::new();
+        // One round does, unless a change brings something with it: a link whose MTU grows gets
+        // IPv6 back.
+        for _ in 0..ROUNDS {
+            self.let_go(&wish).await;
+            let tried;
+            (tried, failed) = self.perform(&left.steps, &work.due).await;
+            if tried == 0 {
+                break;
+            }
             self.watcher.about_to_look().await;
-            match self.look_and_plan(&work.desired).await {
+            let looked = match self.look_and_plan(&work.desired).await {
                 Ok(looked) => looked,
                 Err(error) => {
                     warn!(error = %Chain(&error), "cannot look at the host after changing it");
-                    (wish, seen, made)
+                    break;
                 }
+            };
+            let same = looked.2.steps == left.steps;
+            (wish, seen, left) = looked;
+            if same || left.steps.is_empty() {
+                break;
             }
-        };
+        }
         self.serve(&wish, &seen, &mut failed).await;
         let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed);
         let is_stuck =

@@ -17,7 +17,7 @@ use stackhand_model::{Document, ObjectRef};
 use stackhand_network::NetworkAgent;
 use stackhand_network::desired::Local;
 use stackhand_runtime::agent::{Agent, Cause, Desired, Held, Outcome, PassReport, Work};
-use stackhand_runtime::wake::Wake;
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 /// Runs `test` on a thread that has its own network links and its own names of namespaces.
@@ -128,10 +128,16 @@ pub(crate) fn local(host: &str) -> Local {
     }
 }
 
-pub(crate) fn agent(host: &str) -> (NetworkAgent, Wake) {
-    let wake = Wake::new();
-    let agent = NetworkAgent::new(local(host), Duration::ZERO, wake.clone()).unwrap();
-    (agent, wake)
+/// An agent whose orphans have no grace, and what tells that it asked for a pass.
+pub(crate) fn agent(host: &str) -> (NetworkAgent, Arc<Notify>) {
+    agent_with(host, Duration::ZERO)
+}
+
+pub(crate) fn agent_with(host: &str, grace: Duration) -> (NetworkAgent, Arc<Notify>) {
+    let heard = Arc::new(Notify::new());
+    let told = Arc::clone(&heard);
+    let wake = Arc::new(move |_: &_| told.notify_one());
+    (NetworkAgent::new(local(host), grace, wake).unwrap(), heard)
 }
 
 /// A network of one subnet with DHCP.

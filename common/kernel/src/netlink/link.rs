@@ -344,9 +344,15 @@ impl Links {
         name: &str,
         bridge: Bridge,
     ) -> Result<(), KernelError> {
-        let data = InfoData::Bridge(bridge_data(bridge));
-        let info = vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(data)];
-        self.change_info(index, name, info).await
+        let info =
+            |data| vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(InfoData::Bridge(data))];
+        // The kernel takes attributes in its own order, and no delay of zero while the protocol
+        // runs.
+        if !bridge.stp {
+            let off = vec![InfoBridge::StpState(BridgeStpState::Disabled)];
+            self.change_info(index, name, info(off)).await?;
+        }
+        self.change_info(index, name, info(bridge_data(bridge))).await
     }
 
     /// Changes a link's settings as the port of a bridge, which it must be.
