@@ -137,6 +137,17 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Fails if the hypervisor is away.
     fn host(&self) -> impl Future<Output = Result<HostFacts, HypervisorError>> + Send;
 
+    /// Whether KVM really runs a guest here, by running one for some seconds. `folder` takes its
+    /// files.
+    ///
+    /// # Errors
+    ///
+    /// Tells why KVM is of no use; [`HypervisorError::Away`] if that cannot be known now.
+    fn probe_kvm(
+        &self,
+        folder: &std::path::Path,
+    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+
     /// Whether it can be reached, as far as is known without asking.
     fn trouble(&self) -> Option<String> {
         None

@@ -6,7 +6,9 @@
 //! meanwhile.
 
 mod events;
+mod probe;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -279,6 +281,10 @@ impl Hypervisor for Libvirt {
             })
         })
         .await
+    }
+
+    async fn probe_kvm(&self, folder: &Path) -> Result<(), HypervisorError> {
+        probe::kvm(self, folder).await
     }
 
     fn trouble(&self) -> Option<String> {

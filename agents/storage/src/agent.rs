@@ -12,12 +12,13 @@ use stackhand_model::{AgentKind, ErrorCode, ObjectRef, Spec, VolumeId};
 use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
+use stackhand_runtime::wake::Wake;
 
 use crate::backend::file::FileBackend;
 use crate::backend::{Backend, BackendError, Item, Presence};
 use crate::chain;
 use crate::config::{BackendKind, DEFAULT_BACKEND, StorageSection};
-use crate::copies::{Copies, Job, Wake};
+use crate::copies::{Copies, Job};
 use crate::desired::{Wanted, admit};
 use crate::plan::{Budget, Change, Limits, Plan, Situation, Step, View, orphans};
 

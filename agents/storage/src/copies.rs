@@ -10,14 +10,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use stackhand_runtime::wake::Wake;
 use tokio::sync::Semaphore;
 
 use crate::backend::{Backend, BackendError, Item, Progress};
 use crate::chain;
 use crate::plan::CopyState;
-
-/// Asks the runtime for a pass.
-pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// How often a running copy has its progress looked at.
 const TELL_EVERY: Duration = Duration::from_secs(5);
@@ -115,7 +113,7 @@ impl Copies {
             }
             table.insert(job.item, running);
         }
-        let (table, wake) = (Arc::clone(&self.table), Arc::clone(&self.wake));
+        let (table, wake) = (Arc::clone(&self.table), self.wake.clone());
         let turns = Arc::clone(&self.turns);
         tokio::spawn(async move {
             let _turn = turns.acquire_owned().await;
@@ -129,7 +127,7 @@ impl Copies {
             let outcome = loop {
                 tokio::select! {
                     outcome = &mut work => break outcome,
-                    () = tokio::time::sleep(TELL_EVERY) => wake(),
+                    () = tokio::time::sleep(TELL_EVERY) => wake.object_changed(item.object()),
                 }
             };
             let failure = match outcome {
@@ -149,7 +147,9 @@ impl Copies {
                     }
                 }
             }
-            wake();
+            // What is made from it waits, too.
+            wake.object_changed(item.object());
+            wake.host_changed();
         });
     }
 }

@@ -1,3 +1,17 @@
 //! Stackhand's storage agent.
 
-fn main() {}
+use std::convert::Infallible;
+use std::process::ExitCode;
+
+use stackhand_runtime::run::{AgentContext, Program};
+use stackhand_storage::agent::StorageAgent;
+use stackhand_storage::config::StorageSection;
+
+fn main() -> ExitCode {
+    Program::new(env!("CARGO_PKG_VERSION"), start).main()
+}
+
+async fn start(context: AgentContext<StorageSection>) -> Result<StorageAgent, Infallible> {
+    let section = &context.settings.agent;
+    Ok(StorageAgent::new(&context.host, &context.state_dir, section, context.wake))
+}

@@ -1,4 +1,3 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -32,13 +31,7 @@ impl Bench {
                 (name.clone(), Configured { backend, kind: BackendKind::File, limits })
             })
             .collect();
-        let wakes = Arc::new(AtomicUsize::new(0));
-        let copies = Copies::new(
-            2,
-            Arc::new(move || {
-                wakes.fetch_add(1, Ordering::Relaxed);
-            }),
-        );
+        let copies = Copies::new(2, Wake::new());
         let agent = StorageAgent::with_backends("here", "default", backends, copies);
         Self { agent, fakes, desired: Desired::default() }
     }

@@ -1,0 +1,427 @@
+//! The compute agent as the runtime sees it: look, plan, act, report.
+
+mod actions;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use stackhand_model::{AgentKind, ImageId, InstanceId, ObjectRef};
+use stackhand_runtime::agent::{
+    Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
+};
+use stackhand_runtime::wake::Wake;
+use tokio::sync::OwnedMutexGuard;
+
+use crate::config::{ComputeSection, VirtType};
+use crate::desired::{Wanted, admit};
+use crate::domain::{Engine, tap_name};
+use crate::fetches::Fetches;
+use crate::hypervisor::{DomainChange, Hypervisor, HypervisorError, OffReason, Power};
+use crate::image::ImageCache;
+use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
+use crate::store::Store;
+
+/// Instances that are worked on at once.
+const AT_ONCE: usize = 6;
+
+/// How often awaited taps are looked for.
+const TAP_EVERY: Duration = Duration::from_millis(100);
+
+/// The compute agent, on a hypervisor.
+#[derive(Debug)]
+pub struct ComputeAgent<H> {
+    host: String,
+    section: ComputeSection,
+    hypervisor: H,
+    cache: ImageCache,
+    images: PathBuf,
+    store: Store,
+    instances: PathBuf,
+    fetches: Fetches,
+    wake: Wake,
+    memory: Mutex<Memory>,
+    /// One lock per instance: an action and a pass do not work on it at once.
+    locks: Mutex<BTreeMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Taps that are looked for.
+    awaited: Arc<Mutex<BTreeSet<String>>>,
+}
+
+/// What is remembered between passes, and may be lost.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Who executes guests' instructions, and why.
+    engine: Option<(Engine, String)>,
+    /// Guests that were asked to shut down, and when.
+    stopping: BTreeMap<InstanceId, Instant>,
+    /// Instances whose crash was told.
+    crashed: BTreeSet<InstanceId>,
+    troubles: Vec<String>,
+}
+
+impl<H: Hypervisor> ComputeAgent<H> {
+    /// The agent of `host`, with its files in `state_dir`.
+    #[must_use]
+    pub fn new(
+        host: &str,
+        state_dir: &Path,
+        section: &ComputeSection,
+        hypervisor: H,
+        wake: Wake,
+    ) -> Self {
+        let (images, instances) = (state_dir.join("images"), state_dir.join("instances"));
+        let cache = ImageCache::new(&images, section.max_image_gib << 30);
+        Self {
+            host: host.to_owned(),
+            section: section.clone(),
+            hypervisor,
+            fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
+            cache,
+            images,
+            store: Store::new(&instances, &section.qemu_img),
+            instances,
+            wake,
+            memory: Mutex::default(),
+            locks: Mutex::default(),
+            awaited: Arc::default(),
+        }
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_of(&self, id: InstanceId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(locks.entry(id).or_default())
+    }
+
+    /// Who executes guests' instructions; tries it once if the settings leave it open.
+    async fn engine(&self) -> Result<Engine, String> {
+        if let Some((engine, _)) = &self.memory().engine {
+            return Ok(*engine);
+        }
+        let (engine, why) = match self.section.virt_type {
+            VirtType::Kvm => (Engine::Kvm, "compute.virt_type says so".to_owned()),
+            VirtType::Qemu => (Engine::Qemu, "compute.virt_type says so".to_owned()),
+            VirtType::Auto => match self.hypervisor.probe_kvm(&self.instances).await {
+                Ok(()) => (Engine::Kvm, "a probe guest ran on KVM".to_owned()),
+                Err(HypervisorError::Away { reason, .. }) => return Err(reason),
+                Err(error) => (Engine::Qemu, error.to_string()),
+            },
+        };
+        tracing::info!(engine = engine.as_str(), why, "guests' instructions are executed");
+        self.memory().engine = Some((engine, why));
+        Ok(engine)
+    }
+
+    /// Looks at everything.
+    async fn observe(&self, wanted: &Wanted) -> Result<Situation, String> {
+        // Fetches first: one that ends in between is then seen both as running and in the cache.
+        let fetches = self.fetches.states();
+        let domains = match self.hypervisor.domains().await {
+            Ok(domains) => Ok(domains.into_iter().map(|domain| (domain.uuid, domain)).collect()),
+            Err(error) => Err(error.to_string()),
+        };
+        let fashion = match &domains {
+            Ok(_) => self.engine().await.map(|engine| Fashion {
+                engine,
+                machine: self.section.machine.clone(),
+                disk_cache: self.section.disk_cache.clone(),
+                images: self.images.clone(),
+                instances: self.instances.clone(),
+            }),
+            Err(reason) => Err(reason.clone()),
+        };
+        let (cache, store) = (self.cache.clone(), self.store.clone());
+        let taps: BTreeSet<String> = wanted
+            .instances
+            .values()
+            .flat_map(|wish| wish.spec.ports.iter().map(|port| tap_name(port.port)))
+            .collect();
+        let paths: BTreeSet<PathBuf> = wanted
+            .instances
+            .values()
+            .flat_map(|wish| &wish.spec.volumes)
+            .filter_map(|volume| local_path(&volume.connection).map(Path::to_owned))
+            .collect();
+        let looked = crate::blocking(move || {
+            let links = taps.into_iter().filter(|tap| link_exists(tap)).collect();
+            let volumes = paths.into_iter().filter(|path| path.exists()).collect();
+            Ok::<_, crate::files::FileError>((cache.look()?, store.look()?, links, volumes))
+        });
+        let (cache, store, links, volumes) = looked.await.map_err(|error| crate::chain(&error))?;
+        let limit = Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds));
+        let memory = self.memory();
+        Ok(Situation {
+            fashion,
+            domains,
+            cache,
+            fetches,
+            store,
+            links,
+            volumes,
+            stopping: memory
+                .stopping
+                .iter()
+                .map(|(&id, since)| (id, since.elapsed() >= limit))
+                .collect(),
+            crashed: memory.crashed.clone(),
+            busy: BTreeSet::new(),
+        })
+    }
+
+    /// Makes one change for an object.
+    async fn perform(
+        &self,
+        object: Option<ObjectRef>,
+        step: &Step,
+        wanted: &Wanted,
+    ) -> Result<(), String> {
+        let chain = |error: crate::files::FileError| crate::chain(&error);
+        let instance = object.map(|object| InstanceId(object.id));
+        match (step.clone(), instance) {
+            (Step::Fetch(id), _) => {
+                if let Some(wish) = wanted.images.get(&id) {
+                    self.fetches.start(id, wish.spec.clone());
+                }
+                Ok(())
+            }
+            (Step::CallOff(id), _) => {
+                self.fetches.call_off(id);
+                Ok(())
+            }
+            (Step::Forget(id), _) => {
+                let cache = self.cache.clone();
+                crate::blocking(move || cache.forget(id)).await.map_err(chain)
+            }
+            (Step::RemovePartial(id), _) => {
+                let cache = self.cache.clone();
+                crate::blocking(move || cache.remove_partial(id)).await.map_err(chain)
+            }
+            (Step::RemoveContents(contents), _) => {
+                let cache = self.cache.clone();
+                crate::blocking(move || cache.remove_contents(&contents)).await.map_err(chain)
+            }
+            (Step::RemoveFiles(id), _) => {
+                let store = self.store.clone();
+                crate::blocking(move || store.remove(id)).await.map_err(chain)
+            }
+            (Step::Prepare(record), Some(id)) => {
+                let store = self.store.clone();
+                crate::blocking(move || store.prepare(id, &record)).await.map_err(chain)
+            }
+            (Step::MakeDisk { contents, format, bytes }, Some(id)) => {
+                let base = self.cache.path(&contents);
+                let made = self.store.make_disk(id, &base, format, bytes).await;
+                made.map_err(|error| crate::chain(&error))
+            }
+            (Step::Domain(change), Some(id)) => {
+                let stops = change == DomainChange::Shutdown;
+                let done = self.hypervisor.perform(id, change).await;
+                if stops && done.is_ok() {
+                    self.stop_later(id);
+                }
+                done.map_err(|error| error.to_string())
+            }
+            (step, None) => Err(format!("a step that belongs to an instance has none: {step}")),
+        }
+    }
+
+    /// Notes that a guest was asked to shut down, and asks for a pass when its time is up.
+    fn stop_later(&self, id: InstanceId) {
+        self.memory().stopping.insert(id, Instant::now());
+        let limit = Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds));
+        let wake = self.wake.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(limit + Duration::from_millis(10)).await;
+            wake.object_changed(id.object());
+        });
+    }
+
+    /// Looks for awaited taps until all are there, and asks for a pass for each that comes.
+    fn await_taps(&self, taps: BTreeSet<String>) {
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = awaited.is_empty();
+        *awaited = taps;
+        if !idle || awaited.is_empty() {
+            return;
+        }
+        let (awaited, wake) = (Arc::clone(&self.awaited), self.wake.clone());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(TAP_EVERY).await;
+                let mut awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);
+                let before = awaited.len();
+                awaited.retain(|tap| !link_exists(tap));
+                if awaited.len() < before {
+                    wake.host_changed();
+                }
+                if awaited.is_empty() {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Remembers what the next pass needs to know, and what reports tell.
+    fn remember(&self, wanted: &Wanted, situation: &Situation, due: &BTreeSet<ObjectRef>) {
+        let mut memory = self.memory();
+        if let Ok(domains) = &situation.domains {
+            memory.stopping.retain(|id, _| {
+                domains.get(&id.0).is_some_and(|domain| !matches!(domain.power, Power::Off(_)))
+            });
+            // Told by this pass if it was due; started by the next.
+            let crashed = Power::Off(OffReason::Crashed);
+            let told: BTreeSet<InstanceId> = wanted
+                .instances
+                .keys()
+                .filter(|id| domains.get(&id.0).is_some_and(|domain| domain.power == crashed))
+                .filter(|id| {
+                    let before = situation.crashed.contains(id);
+                    if due.contains(&id.object()) { !before } else { before }
+                })
+                .copied()
+                .collect();
+            memory.crashed = told;
+        }
+        memory.troubles = Vec::new();
+        if let Some((Engine::Qemu, why)) = &memory.engine
+            && self.section.virt_type == VirtType::Auto
+        {
+            let trouble = format!("guests run without KVM, slowly: {why}");
+            memory.troubles.push(trouble);
+        }
+        let left = orphans(wanted, situation);
+        if let Some(first) = left.first() {
+            memory.troubles.push(format!(
+                "{} domains of ours have no document and are left as they are, such as {} ({}): apply \
+                 their documents, or undefine them by hand",
+                left.len(),
+                first.name,
+                first.uuid
+            ));
+        }
+    }
+}
+
+impl<H: Hypervisor> Agent for ComputeAgent<H> {
+    const KIND: AgentKind = AgentKind::Compute;
+
+    fn admit(&self, wanted: &Desired, changed: &BTreeSet<ObjectRef>) -> Result<(), Refusal> {
+        admit(&self.host, &Wanted::new(wanted), changed)
+    }
+
+    async fn plan(&self, desired: Arc<Desired>) -> Result<Vec<PlannedStep>, Refusal> {
+        let wanted = Wanted::new(&desired);
+        let situation = self
+            .observe(&wanted)
+            .await
+            .map_err(|reason| Refusal::new(stackhand_model::ErrorCode::Unavailable, reason))?;
+        let due = desired.objects.keys().copied().collect();
+        let plan = Plan::new(&wanted, &situation, &due);
+        let of_objects = plan
+            .steps
+            .iter()
+            .flat_map(|(object, steps)| steps.iter().map(|step| (Some(*object), step)));
+        Ok(of_objects
+            .chain(plan.cleanup.iter().map(|step| (None, step)))
+            .map(|(object, step)| PlannedStep { object, change: step.to_string() })
+            .collect())
+    }
+
+    async fn pass(&self, work: Work) -> PassReport {
+        let wanted = Wanted::new(&work.desired);
+        // Before the look: what an action is in the middle of must not be taken for the end.
+        let mut guards: BTreeMap<InstanceId, OwnedMutexGuard<()>> = BTreeMap::new();
+        let mut busy = BTreeSet::new();
+        for &id in wanted.instances.keys().filter(|id| work.due.contains(&id.object())) {
+            match self.lock_of(id).try_lock_owned() {
+                Ok(guard) => drop(guards.insert(id, guard)),
+                Err(_) => drop(busy.insert(id)),
+            }
+        }
+        let situation = match self.observe(&wanted).await {
+            Ok(situation) => Situation { busy, ..situation },
+            Err(reason) => {
+                let failed = |object: &ObjectRef| (*object, Outcome::failed(reason.clone()));
+                return PassReport { outcomes: work.due.iter().map(failed).collect(), writes: 0 };
+            }
+        };
+        let plan = Plan::new(&wanted, &situation, &work.due);
+        let mut report = PassReport { outcomes: plan.outcomes, writes: 0 };
+        let wishes = &wanted;
+        let mut done = stream::iter(plan.steps)
+            .map(|(object, steps)| async move {
+                let mut writes = 0;
+                for step in &steps {
+                    tracing::info!(%object, %step, "applying");
+                    if let Err(reason) = self.perform(Some(object), step, wishes).await {
+                        return (object, writes, Err(reason));
+                    }
+                    writes += 1;
+                }
+                (object, writes, Ok(()))
+            })
+            .buffer_unordered(AT_ONCE);
+        while let Some((object, writes, result)) = done.next().await {
+            report.writes += writes;
+            if let Err(reason) = result {
+                report.outcomes.insert(object, Outcome::failed(reason));
+            }
+        }
+        drop(done);
+        for step in &plan.cleanup {
+            match self.perform(None, step, &wanted).await {
+                Ok(()) => report.writes += 1,
+                Err(reason) => tracing::warn!(%step, reason, "clean-up failed"),
+            }
+        }
+        // Their failure has been told now.
+        self.fetches.forget(situation.fetches.iter().filter_map(|(&id, fetch)| {
+            let told = fetch.failure.is_some() && work.due.contains(&id.object());
+            told.then_some(id)
+        }));
+        self.await_taps(plan.awaited);
+        self.remember(&wanted, &situation, &work.due);
+        drop(guards);
+        report
+    }
+
+    async fn act(&self, action: Action) -> Result<Value, Refusal> {
+        self.perform_action(action).await
+    }
+
+    async fn facts(&self) -> Value {
+        let host = self.hypervisor.host().await;
+        let engine = self.memory().engine.clone();
+        let cache = self.cache.clone();
+        let images: Vec<ImageId> = crate::blocking(move || cache.look())
+            .await
+            .map(|seen| seen.images.into_keys().collect())
+            .unwrap_or_default();
+        let mut facts = match host {
+            Ok(host) => json!(host),
+            Err(error) => json!({"hypervisor": error.to_string()}),
+        };
+        facts["virt_type"] = json!(engine.as_ref().map(|(engine, _)| engine));
+        facts["virt_type_reason"] = json!(engine.as_ref().map(|(_, why)| why));
+        facts["images"] = json!(images);
+        facts
+    }
+
+    fn troubles(&self) -> Vec<String> {
+        let mut troubles = self.memory().troubles.clone();
+        troubles.extend(self.hypervisor.trouble());
+        troubles
+    }
+}
+
+fn link_exists(name: &str) -> bool {
+    nix::net::if_::if_nametoindex(name).is_ok()
+}

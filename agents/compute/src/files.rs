@@ -1,0 +1,82 @@
+//! Small files of the agent's own folders, written so that a power cut leaves the old or the new.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A file could not be read, written or removed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}", .path.display())]
+pub struct FileError {
+    /// What was tried.
+    pub action: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// Why not.
+    pub source: io::Error,
+}
+
+pub(crate) fn failed<'a>(
+    action: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> FileError + use<'a> {
+    move |source| FileError { action, path: path.to_owned(), source }
+}
+
+/// Names in a folder; none if there is no folder.
+pub(crate) fn names(folder: &Path) -> Result<Vec<String>, FileError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(failed("list", folder)(source)),
+    };
+    entries
+        .map(|entry| Ok(entry?.file_name().into_string().ok()))
+        .collect::<io::Result<Vec<_>>>()
+        .map(|names| names.into_iter().flatten().collect())
+        .map_err(failed("list", folder))
+}
+
+/// Removes a file; one that is not there is removed already.
+pub(crate) fn remove(path: &Path) -> Result<(), FileError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes renames and removals in a folder survive a power cut.
+pub(crate) fn sync_folder(folder: &Path) -> Result<(), FileError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync folder", folder))
+}
+
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(failed("read", path)(source)),
+    };
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| failed("understand", path)(error.into()))
+}
+
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FileError> {
+    let mut text =
+        serde_json::to_vec(value).map_err(|error| failed("write", path)(error.into()))?;
+    text.push(b'\n');
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = Path::new(&temporary);
+    File::create(temporary)
+        .and_then(|mut file| {
+            file.write_all(&text)?;
+            file.sync_all()
+        })
+        .map_err(failed("write", temporary))?;
+    fs::rename(temporary, path).map_err(failed("rename to", path))?;
+    path.parent().map_or(Ok(()), sync_folder)
+}

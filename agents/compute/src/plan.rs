@@ -1,0 +1,265 @@
+//! Decides what to change, by comparing documents with what the host has. Pure: no I/O, no clock.
+//!
+//! Every due object gets its steps, in order, and an outcome that holds if they succeed. Objects
+//! do not wait for one another's steps: an instance whose image is not in the cache yet says so
+//! and is looked at again when the image is.
+//!
+//! ```text
+//! image      absent ──fetch──> fetching ──> cached            (contents shared, by hash)
+//! instance   absent ──record──> folder ──disk──> files ──define──> off ──start──> running
+//! ```
+
+mod instance;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use stackhand_model::{FileFormat, ImageId, InstanceId, ObjectRef};
+use stackhand_runtime::agent::Outcome;
+use uuid::Uuid;
+
+use crate::desired::Wanted;
+use crate::domain::Engine;
+use crate::hypervisor::{DomainChange, DomainSeen};
+use crate::image::CacheSeen;
+use crate::store::{Record, StoreSeen};
+pub(crate) use instance::{is_ours, local_path};
+
+/// One change to the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Begins to fetch an image in the background.
+    Fetch(ImageId),
+    /// Calls a fetch off.
+    CallOff(ImageId),
+    /// Forgets an image.
+    Forget(ImageId),
+    /// Removes what is left of a fetch.
+    RemovePartial(ImageId),
+    /// Removes cached contents that nobody uses.
+    RemoveContents(String),
+    /// Makes an instance's folder, or writes its record anew.
+    Prepare(Box<Record>),
+    /// Makes the root disk.
+    MakeDisk {
+        /// Contents that it lies over.
+        contents: String,
+        /// Their format.
+        format: FileFormat,
+        /// Size of the disk.
+        bytes: u64,
+    },
+    /// Changes the domain.
+    Domain(DomainChange),
+    /// Removes the folder of an instance.
+    RemoveFiles(InstanceId),
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fetch(id) => write!(f, "fetch image {id}"),
+            Self::CallOff(id) => write!(f, "call off the fetch of image {id}"),
+            Self::Forget(id) => write!(f, "forget image {id}"),
+            Self::RemovePartial(id) => write!(f, "remove the unfinished fetch of image {id}"),
+            Self::RemoveContents(contents) => write!(f, "remove unused contents {contents}"),
+            Self::Prepare(_) => write!(f, "write the instance's record"),
+            Self::MakeDisk { contents, bytes, .. } => {
+                write!(f, "make a root disk of {bytes} bytes over {contents}")
+            }
+            Self::Domain(change) => match change {
+                DomainChange::Define { .. } => write!(f, "define the domain"),
+                DomainChange::Start { paused: false } => write!(f, "start the domain"),
+                DomainChange::Start { paused: true } => write!(f, "start the domain, paused"),
+                DomainChange::Pause => write!(f, "pause the domain"),
+                DomainChange::Resume => write!(f, "resume the domain"),
+                DomainChange::Shutdown => write!(f, "ask the guest to shut down"),
+                DomainChange::Destroy => write!(f, "power the domain off"),
+                DomainChange::Undefine => write!(f, "undefine the domain"),
+            },
+            Self::RemoveFiles(id) => write!(f, "remove the files of instance {id}"),
+        }
+    }
+}
+
+/// How new domains are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fashion {
+    /// Who executes guests' instructions.
+    pub engine: Engine,
+    /// Machine type.
+    pub machine: String,
+    /// How disks are cached.
+    pub disk_cache: String,
+    /// Folder of cached contents.
+    pub images: PathBuf,
+    /// Folder of instances.
+    pub instances: PathBuf,
+}
+
+/// A fetch that runs in the background, or ran.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FetchState {
+    /// How far it is, 0 to 100.
+    pub percent: u64,
+    /// Why it ended, if it failed.
+    pub failure: Option<String>,
+}
+
+/// Everything the planner knows of the host.
+#[derive(Clone, Debug)]
+pub struct Situation {
+    /// How new domains are made; absent, with the reason, as long as that is not known.
+    pub fashion: Result<Fashion, String>,
+    /// Domains by UUID, or why nobody knows.
+    pub domains: Result<BTreeMap<Uuid, DomainSeen>, String>,
+    /// The image cache.
+    pub cache: CacheSeen,
+    /// Fetches under way, and failed ones that were not told yet.
+    pub fetches: BTreeMap<ImageId, FetchState>,
+    /// Instances' files.
+    pub store: StoreSeen,
+    /// Links of those that instances ask for that are there.
+    pub links: BTreeSet<String>,
+    /// Files and devices of volumes that are there.
+    pub volumes: BTreeSet<PathBuf>,
+    /// Guests that were asked to shut down, and whether their time is up.
+    pub stopping: BTreeMap<InstanceId, bool>,
+    /// Instances whose crash was told; the next attempt starts them.
+    pub crashed: BTreeSet<InstanceId>,
+    /// Instances that an action works on.
+    pub busy: BTreeSet<InstanceId>,
+}
+
+/// What to do, and how each due object comes out if it succeeds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// Changes by object, each list in order.
+    pub steps: BTreeMap<ObjectRef, Vec<Step>>,
+    /// Clean-up that belongs to no object.
+    pub cleanup: Vec<Step>,
+    /// Outcomes of due objects.
+    pub outcomes: BTreeMap<ObjectRef, Outcome>,
+    /// Taps that instances wait for.
+    pub awaited: BTreeSet<String>,
+}
+
+impl Plan {
+    /// Compares what is wanted with what is there. Objects that are not `due` stay as they are.
+    #[must_use]
+    pub fn new(wanted: &Wanted, situation: &Situation, due: &BTreeSet<ObjectRef>) -> Self {
+        let mut plan = Self::default();
+        for &id in wanted.images.keys().filter(|id| due.contains(&id.object())) {
+            let mut steps = Vec::new();
+            let outcome = image(wanted, situation, id, &mut steps);
+            plan.add(id.object(), steps, outcome);
+        }
+        for (&id, wish) in &wanted.instances {
+            if due.contains(&id.object()) {
+                let mut steps = Vec::new();
+                let mut awaited = BTreeSet::new();
+                let outcome = instance::plan(wanted, situation, id, wish, &mut steps, &mut awaited);
+                plan.awaited.extend(awaited);
+                plan.add(id.object(), steps, outcome);
+            }
+        }
+        plan.clean_up(situation);
+        plan
+    }
+
+    fn add(&mut self, object: ObjectRef, steps: Vec<Step>, outcome: Outcome) {
+        if !steps.is_empty() {
+            self.steps.insert(object, steps);
+        }
+        self.outcomes.insert(object, outcome);
+    }
+
+    fn clean_up(&mut self, situation: &Situation) {
+        for &id in &situation.store.deleted {
+            self.cleanup.push(Step::RemoveFiles(id));
+        }
+        for &id in &situation.cache.partials {
+            if !running(situation, id) {
+                self.cleanup.push(Step::RemovePartial(id));
+            }
+        }
+        // A fetch has contents before it has a record; what is written now may need any.
+        let quiet = situation.fetches.values().all(|fetch| fetch.failure.is_some());
+        let preparing = self.steps.values().flatten().any(|step| matches!(step, Step::Prepare(_)));
+        if quiet && !preparing {
+            let mut used: BTreeSet<&str> =
+                situation.cache.images.values().map(|image| image.contents.as_str()).collect();
+            for folder in situation.store.folders.values() {
+                used.extend(folder.record.iter().flat_map(Record::contents));
+            }
+            for contents in &situation.cache.contents {
+                if !used.contains(contents.as_str()) {
+                    self.cleanup.push(Step::RemoveContents(contents.clone()));
+                }
+            }
+        }
+    }
+}
+
+fn running(situation: &Situation, id: ImageId) -> bool {
+    situation.fetches.get(&id).is_some_and(|fetch| fetch.failure.is_none())
+}
+
+fn image(wanted: &Wanted, situation: &Situation, id: ImageId, steps: &mut Vec<Step>) -> Outcome {
+    let Some(wish) = wanted.images.get(&id) else { return Outcome::Gone };
+    let fetch = situation.fetches.get(&id);
+    let cached = situation.cache.images.get(&id);
+    if wish.deleting {
+        if running(situation, id) {
+            steps.push(Step::CallOff(id));
+            return pending("waits for its fetch to end");
+        }
+        if cached.is_some() {
+            steps.push(Step::Forget(id));
+        }
+        return Outcome::Gone;
+    }
+    if let Some(cached) = cached.filter(|cached| cached.is_of(&wish.spec)) {
+        return Outcome::Active {
+            observed: json!({
+                "contents": format!("sha256:{}", cached.contents),
+                "bytes": cached.bytes,
+                "virtual_bytes": cached.virtual_bytes,
+            }),
+        };
+    }
+    match fetch {
+        Some(FetchState { failure: Some(failure), .. }) => Outcome::failed(failure.clone()),
+        Some(fetch) => Outcome::Pending {
+            reason: format!("fetching, {} % done", fetch.percent),
+            observed: json!({"progress_percent": fetch.percent}),
+        },
+        None => {
+            steps.push(Step::Fetch(id));
+            pending("fetching has begun")
+        }
+    }
+}
+
+/// Domains with our mark for which there is no document. They are told and left running.
+#[must_use]
+pub fn orphans<'a>(wanted: &Wanted, situation: &'a Situation) -> Vec<&'a DomainSeen> {
+    let known = |id: Uuid| wanted.instances.contains_key(&InstanceId(id));
+    let domains = situation.domains.as_ref().map(BTreeMap::values);
+    domains
+        .into_iter()
+        .flatten()
+        .filter(|domain| {
+            let mark = domain.mark.as_ref().or(domain.running_mark.as_ref());
+            mark.is_some_and(|mark| !known(mark.id))
+        })
+        .collect()
+}
+
+fn pending(reason: impl Into<String>) -> Outcome {
+    Outcome::Pending { reason: reason.into(), observed: Value::Null }
+}
