@@ -287,7 +287,13 @@ impl Refused {
     pub fn from_failure(failure: &Failure) -> Option<Self> {
         let mut kwargs = failure.kwargs.clone();
         kwargs.entry("message").or_insert_with(|| failure.message.clone().into());
-        serde_json::from_value(Value::Object(kwargs)).ok()
+        serde_json::from_value(Value::Object(kwargs)).ok().or_else(|| {
+            // What stands before the API (signatures) has words of its own; the class is ours.
+            let code = [ErrorCode::Forbidden, ErrorCode::Unavailable, ErrorCode::Exhausted]
+                .into_iter()
+                .find(|code| failure.module == "stackhand" && code.class() == failure.class)?;
+            Some(Self::new(code, &failure.message))
+        })
     }
 }
 

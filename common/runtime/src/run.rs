@@ -47,6 +47,7 @@ use crate::telemetry::{self, Telemetry};
 use crate::wake::Wake;
 
 use options::Options;
+use serve::Guard;
 
 /// Threads that run tasks. Agents mostly wait; blocking work has threads of its own.
 const WORKERS: usize = 2;
@@ -258,13 +259,22 @@ async fn run<A: Agent, S: AgentSection>(
         started_at,
     };
     let statuses = Statuses::new(ledger.clone());
-    let troubles = Arc::clone(&agent);
+    let guard = match broker {
+        Some(_) if common.signing.required => Some(Guard::new(common, &ledger, &health)?),
+        _ => None,
+    };
+    let (agents, guards) = (Arc::clone(&agent), guard.clone());
+    let troubles = move || {
+        let mut troubles = agents.troubles();
+        troubles.extend(guards.as_ref().map(Guard::troubles).unwrap_or_default());
+        troubles
+    };
     let reporter = Reporter::new(
         identity,
         common.heartbeat.interval(),
         broker.as_ref().map(|_| common.signing.required),
         (ledger.clone(), statuses.clone(), events.clone(), health.clone()),
-        Arc::new(move || troubles.troubles()),
+        Arc::new(troubles),
     );
     let parts = Parts {
         ledger: ledger.clone(),
@@ -303,7 +313,7 @@ async fn run<A: Agent, S: AgentSection>(
     tokio::spawn(reconciler.run());
     if let Some(broker) = broker {
         let parts = serve::Parts { health: &health, metrics: &metrics, events: &events };
-        serve::broker(broker, common, api, &ledger, reporter, parts, &shutdown).await?;
+        serve::broker(broker, common, api, guard, reporter, parts, &shutdown).await?;
     }
     if let Some(http) = http {
         tokio::spawn(http.serve(shutdown.closing()));

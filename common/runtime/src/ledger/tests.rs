@@ -165,21 +165,6 @@ async fn notes_of_long_operations_are_kept() {
 }
 
 #[tokio::test]
-async fn a_nonce_is_accepted_once_also_after_a_restart() {
-    let dir = tempfile::tempdir().unwrap();
-    let ledger = open(dir.path());
-    let nonces = ledger.nonces();
-    assert!(nonces.claim("n1", 100, 40));
-    assert!(!nonces.claim("n1", 100, 41));
-    ledger.close().await;
-
-    let nonces = open(dir.path()).nonces();
-    assert!(!nonces.claim("n1", 100, 99));
-    assert!(nonces.claim("n2", 200, 101), "and forgets n1, whose window has passed");
-    assert!(nonces.claim("n1", 300, 102));
-}
-
-#[tokio::test]
 async fn a_second_process_is_told_who_holds_the_ledger() {
     let dir = tempfile::tempdir().unwrap();
     let ledger = open(dir.path());

@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
+use serde_json::Value;
 use stackhand_bus::amqp::{AmqpTransport, AmqpUrl};
 use stackhand_bus::local::{LocalListener, LocalOptions};
-use stackhand_bus::{BusError, LinkState, ServerHandle, Transport};
+use stackhand_bus::sign::{TrustedKeys, Verifier, VerifyingHandler};
+use stackhand_bus::{BusError, Delivered, Failure, Handler, LinkState, ServerHandle, Transport};
+use stackhand_model::ErrorCode;
 use tokio::sync::watch;
 
 use crate::agent::Agent;
@@ -15,6 +19,7 @@ use crate::heartbeat::{self, Reporter};
 use crate::ledger::Ledger;
 use crate::lifecycle::Shutdown;
 use crate::metrics::Metrics;
+use crate::run::StartError;
 use crate::service::Api;
 
 /// Who hears about the link.
@@ -47,18 +52,95 @@ pub(super) fn connect(common: &CommonSettings) -> Result<Option<Arc<AmqpTranspor
     AmqpTransport::connect(url, &common.bus.amqp).map(|transport| Some(Arc::new(transport)))
 }
 
+/// Decides whose commands over the broker are obeyed.
+#[derive(Clone, Debug)]
+pub(super) struct Guard {
+    keys: Arc<TrustedKeys>,
+    verifier: Arc<Verifier>,
+}
+
+impl Guard {
+    /// Reads the trusted keys. Where their folder cannot be read nobody is trusted, and health
+    /// says so: the local socket serves as ever.
+    pub(super) fn new(
+        common: &CommonSettings,
+        ledger: &Ledger,
+        health: &Health,
+    ) -> Result<Self, StartError> {
+        let signing = &common.signing;
+        let keys = TrustedKeys::load(&signing.trusted_controllers).or_else(|error| {
+            let reason = format!("{error}; make the folder and start the agent again");
+            tracing::warn!(reason, "no command over the broker will be obeyed");
+            health.not_ready("signing", reason);
+            let nobody = common.state_dir.join("no_trusted_controllers");
+            std::fs::create_dir_all(&nobody)?;
+            TrustedKeys::load(&nobody).map_err(StartError::from)
+        })?;
+        let keys = Arc::new(keys);
+        let verifier = Verifier::new(Arc::clone(&keys), Arc::new(ledger.nonces()))
+            .with_window(signing.window());
+        Ok(Self { keys, verifier: Arc::new(verifier) })
+    }
+
+    /// What operators should know: keys that cannot be read, and clocks that seem to differ.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        let mut troubles = self.keys.problems();
+        let refused = self.verifier.refused();
+        let late: u64 = ["stale", "future"].iter().filter_map(|it| refused.get(it)).sum();
+        if late > 0 {
+            troubles.push(format!(
+                "clock: {late} signed commands came too late or too early; compare the clocks of \
+                 controllers and this host"
+            ));
+        }
+        troubles
+    }
+}
+
+/// Counts commands that were refused for their signature.
+struct Counting {
+    inner: VerifyingHandler,
+    metrics: Metrics,
+}
+
+impl Handler for Counting {
+    fn handle(&self, delivered: Delivered) -> BoxFuture<'_, Result<Value, Failure>> {
+        Box::pin(async move {
+            let result = self.inner.handle(delivered).await;
+            if let Err(failure) = &result
+                && failure.class == ErrorCode::Forbidden.class()
+            {
+                let reason = failure.kwargs.get("code").and_then(Value::as_str);
+                let label = [("reason", reason.unwrap_or("unknown").to_owned())];
+                self.metrics.refused_commands.get_or_create(&label).inc();
+            }
+            result
+        })
+    }
+}
+
 /// Serves the own API over the broker and reports to it, from now to the end.
 pub(super) async fn broker<A: Agent>(
     transport: Arc<AmqpTransport>,
     common: &CommonSettings,
     api: Arc<Api<A>>,
-    _ledger: &Ledger,
+    guard: Option<Guard>,
     reporter: Reporter,
     parts: Parts<'_>,
     shutdown: &Shutdown,
 ) -> Result<(), BusError> {
     let service = api.service();
-    let server = transport.serve(service, api).await?;
+    let handler: Arc<dyn Handler> = match guard {
+        Some(guard) => {
+            let inner = VerifyingHandler::new(api, service.clone(), guard.verifier);
+            Arc::new(Counting { inner, metrics: parts.metrics.clone() })
+        }
+        None => {
+            tracing::warn!("commands over the broker need no signature: signing.required is false");
+            api
+        }
+    };
+    let server = transport.serve(service, handler).await?;
     stop_in_time(server, "requests from the broker", common, shutdown);
     tokio::spawn(watch_link(
         transport.link(),
