@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nix::unistd::Gid;
 use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -139,10 +140,18 @@ async fn receive(shared: Arc<Shared>, stream: UnixStream, stop: CancellationToke
     let _the_writer_never_panics = writing.await;
 }
 
-/// Says why and closes.
+/// Says why and closes. What the peer is just sending is read and dropped first: a simple
+/// client would fail at its writing, and never read the reason.
 async fn refuse(mut stream: UnixStream, failure: Failure) {
     let line = encode("", Err(failure), true, usize::MAX);
-    let _gone = write_line(&mut stream, &line, REFUSAL_PATIENCE).await;
+    let telling = async {
+        stream.write_all(&line).await?;
+        stream.shutdown().await?;
+        let mut dropped = [0; 4096];
+        while stream.read(&mut dropped).await? > 0 {}
+        io::Result::Ok(())
+    };
+    let _gone_or_slow = tokio::time::timeout(REFUSAL_PATIENCE, telling).await;
 }
 
 /// One peer that may ask.
