@@ -70,6 +70,8 @@ fn the_transport_keeps_its_promises_on_a_healthy_broker() {
         tokio::join!(
             wrong_credentials_and_vhosts_are_told(&url),
             a_peer_that_accepts_and_closes_does_not_wedge_us(&url),
+            a_silent_peer_is_given_up_in_time(),
+            many_calls_share_one_connection(&url),
         );
     });
     // Last, because it breaks everybody's connection.
@@ -124,6 +126,9 @@ async fn calls_casts_and_fanouts_arrive(
     for (_, _, handle) in servers {
         handle.shut_down(LIMIT).await;
     }
+    // The fanout exchange went with its last queue; whoever knew it declares it again.
+    client.cast(&to_all, Request::new("note", json!({}))).await.unwrap();
+    client.cast(&to_all, Request::new("note", json!({}))).await.unwrap();
 }
 
 async fn failures_travel_with_their_class(url: &str) {
@@ -547,6 +552,40 @@ async fn wrong_credentials_and_vhosts_are_told(url: &str) {
     }
 }
 
+/// A peer that accepts and says nothing.
+async fn a_silent_peer_is_given_up_in_time() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("rabbit://127.0.0.1:{}/", listener.local_addr().unwrap().port());
+    let silent = tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok(accepted) = listener.accept().await {
+            held.push(accepted);
+        }
+    });
+    let options = AmqpOptions { connect_timeout_seconds: 0.3, ..AmqpOptions::default() };
+    let client = transport(&url, &options);
+    let mut link = client.link();
+    let told = link.wait_for(
+        |state| matches!(state, LinkState::Down { reason } if reason.contains("greeting")),
+    );
+    tokio::time::timeout(LIMIT, told).await.unwrap().unwrap();
+    let begun = Instant::now();
+    let limits = CallLimits::total(Duration::from_millis(300));
+    let outcome = client.call(&target("t-any"), Request::new("echo", json!({})), limits).await;
+    assert!(matches!(outcome, Err(BusError::Unreachable { .. })), "{outcome:?}");
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    silent.abort();
+}
+
+/// Threads of this process that carry a connection.
+fn connection_threads() -> usize {
+    std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .filter(|name| name.starts_with("lapin"))
+        .count()
+}
+
 /// A plain connection, for what the transport does not offer.
 async fn raw(url: &str) -> Connection {
     let url = format!("{}%2f", url.replace("rabbit://", "amqp://"));
@@ -578,6 +617,18 @@ async fn a_peer_that_accepts_and_closes_does_not_wedge_us(url: &str) {
     assert!(matches!(*client.link().borrow(), LinkState::Down { .. }));
     open.store(true, std::sync::atomic::Ordering::Relaxed);
     up(&client, Duration::from_secs(5)).await;
+}
+
+async fn many_calls_share_one_connection(url: &str) {
+    let server = serve(url, &AmqpOptions::default(), "t-many", 64).await;
+    let client = transport(url, &AmqpOptions::default());
+    call(&client, "t-many", "echo", json!({})).await.unwrap();
+    let begun = Instant::now();
+    let calls = (0..2000).map(|n| call(&client, "t-many", "echo", json!({"n": n})));
+    let outcomes: Vec<_> = futures_util::stream::iter(calls).buffer_unordered(64).collect().await;
+    println!("2000 calls, 64 at once, in {:?}", begun.elapsed());
+    assert!(outcomes.iter().all(Result::is_ok));
+    assert_eq!(server.transport.counters().served, 2001);
 }
 
 async fn connections_closed_by_the_broker_come_back(broker: &Broker, url: &str) {
@@ -613,4 +664,6 @@ async fn connections_closed_by_the_broker_come_back(broker: &Broker, url: &str) 
     let effects = server.worker.all_effects();
     assert_eq!(effects.len(), number, "every call was answered and done");
     assert!(effects.values().all(|times| *times == 1), "{effects:?}");
+    // Every connection of the cases before, made or failed, has ended with its thread.
+    eventually("old connections to end", LIMIT, || connection_threads() == 2).await;
 }

@@ -377,7 +377,7 @@ pub(super) async fn send(
             }
             Ok(Err(SendError::NotYet(reason))) => {
                 not_yet = Some(reason);
-                tokio::time::sleep_until(deadline.min(Instant::now() + NO_QUEUE_PAUSE)).await;
+                sleep_until(deadline.min(Instant::now() + NO_QUEUE_PAUSE)).await;
             }
             Err(_) if not_yet.is_some() => {
                 return Err(BusError::Unreachable { peer, reason: not_yet.unwrap_or_default() });
