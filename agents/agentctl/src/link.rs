@@ -7,8 +7,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use stackhand_bus::amqp::{AmqpOptions, AmqpTransport, AmqpUrl};
 use stackhand_bus::local::LocalTransport;
+use stackhand_bus::sign::{Signer, SigningKey, SigningTransport};
 use stackhand_bus::{LinkState, Transport};
 use stackhand_model::AgentKind;
+use stackhand_runtime::api::EXCHANGE;
 use stackhand_runtime::config::BusUrl;
 
 /// Connects to a broker, and waits until that has worked.
@@ -21,9 +23,15 @@ pub(crate) async fn broker(
     key: Option<&Path>,
     limit: Duration,
 ) -> Result<Arc<dyn Transport>> {
+    let signer = match key {
+        Some(path) => {
+            let key = SigningKey::load(path).context("cannot use the key that signs commands")?;
+            Some(Arc::new(Signer::new(key)))
+        }
+        None => None,
+    };
     let parsed: AmqpUrl = url.expose().parse()?;
     let transport = AmqpTransport::connect(parsed, &AmqpOptions::default())?;
-    let _ = key;
     let mut link = transport.link();
     let up = link.wait_for(|state| matches!(state, LinkState::Up { .. }));
     let reached = matches!(tokio::time::timeout(limit, up).await, Ok(Ok(_)));
@@ -34,7 +42,11 @@ pub(crate) async fn broker(
         };
         bail!("cannot reach the broker at {url}: {reason}");
     }
-    Ok(Arc::new(transport))
+    let transport: Arc<dyn Transport> = Arc::new(transport);
+    Ok(match signer {
+        Some(signer) => Arc::new(SigningTransport::new(transport, signer, EXCHANGE)),
+        None => transport,
+    })
 }
 
 /// Opens the sockets of the agents in `run_dir`. Connecting comes with the first question.

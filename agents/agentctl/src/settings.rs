@@ -106,6 +106,15 @@ pub(crate) struct Settings {
     pub(crate) timeout: Sourced<Duration>,
 }
 
+/// The folder of this user's settings and key.
+pub(crate) fn user_folder() -> Option<PathBuf> {
+    std::env::var_os("XDG_CONFIG_HOME")
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".config")))
+        .map(|config| config.join("agentctl"))
+}
+
 /// One setting, as `agentctl config` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct SettingRow {
@@ -121,11 +130,7 @@ impl Settings {
     ///
     /// A value that makes no sense, with the layer it stands in.
     pub(crate) fn load(flags: &Globals) -> Result<Self, Usage> {
-        let home = std::env::var_os("XDG_CONFIG_HOME")
-            .filter(|path| !path.is_empty())
-            .map(PathBuf::from)
-            .or_else(|| std::env::home_dir().map(|home| home.join(".config")))
-            .map(|config| config.join("agentctl"));
+        let home = user_folder();
         let environment = |name: &str| std::env::var_os(name);
         Self::from_layers(flags, environment, home.as_deref(), Path::new(SYSTEM_FILE))
     }

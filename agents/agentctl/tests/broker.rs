@@ -1,5 +1,7 @@
 //! `agentctl` over a real RabbitMQ with thousands of agents' reports in its streams.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod broker {
     use std::collections::BTreeMap;
     use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! What every user meets first: help, exit statuses, closed pipes, colours.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::time::Duration;
 
 use assert_cmd::Command;
@@ -125,4 +127,32 @@ fn config_tells_where_settings_come_from() {
     let shown = text(&output.stdout);
     assert!(shown.contains("environment AGENTCTL_CLOUD"), "{shown}");
     assert!(shown.contains("option --run-dir") && !shown.contains("hunter2"), "{shown}");
+}
+
+#[test]
+fn a_key_pair_is_made_once_and_only_its_owner_reads_it() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("controller.pem");
+    let line = ["keygen", "--out", &key.display().to_string(), "--comment", "ops"];
+    let made = agentctl(folder.path()).args(line).args(["-o", "json"]).output().unwrap();
+    assert_eq!(made.status.code(), Some(0), "{made:?}");
+    assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+    let public = std::fs::read_to_string(folder.path().join("controller.pem.pub")).unwrap();
+    assert!(public.starts_with("stackhand-ed25519 ") && public.ends_with(" ops\n"), "{public}");
+    let again = agentctl(folder.path()).args(line).output().unwrap();
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    assert!(text(&again.stderr).contains("never overwritten"), "{again:?}");
+    let home = agentctl(folder.path())
+        .env("XDG_CONFIG_HOME", folder.path())
+        .arg("keygen")
+        .output()
+        .unwrap();
+    assert_eq!(home.status.code(), Some(0), "{home:?}");
+    let config = agentctl(folder.path())
+        .env("XDG_CONFIG_HOME", folder.path())
+        .arg("config")
+        .output()
+        .unwrap();
+    assert!(text(&config.stdout).contains("agentctl/key.pem"), "{config:?}");
 }
