@@ -238,6 +238,17 @@ async fn endless_lines_begun_lines_and_slow_readers_are_cut_off() {
 }
 
 #[tokio::test]
+async fn one_connection_has_only_so_many_requests_under_way_and_all_are_answered() {
+    let host = Host::with(LocalOptions { max_in_flight: 2, ..LocalOptions::default() }).await;
+    let client = host.client();
+    let calls = (0..12).map(|_| ask(&client, "sleep", json!({ "millis": 20 })));
+    for answer in futures_util::future::join_all(calls).await {
+        answer.unwrap();
+    }
+    assert_eq!(host.echo.most.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
 async fn a_connection_too_many_is_told_to_try_later() {
     let host = Host::with(LocalOptions { max_connections: 1, ..LocalOptions::default() }).await;
     let first = host.client();
