@@ -134,10 +134,14 @@ pub(crate) fn agent(host: &str) -> (NetworkAgent, Arc<Notify>) {
 }
 
 pub(crate) fn agent_with(host: &str, grace: Duration) -> (NetworkAgent, Arc<Notify>) {
+    agent_of(local(host), grace)
+}
+
+pub(crate) fn agent_of(local: Local, grace: Duration) -> (NetworkAgent, Arc<Notify>) {
     let heard = Arc::new(Notify::new());
     let told = Arc::clone(&heard);
     let wake = Arc::new(move |_: &_| told.notify_one());
-    (NetworkAgent::new(local(host), grace, wake).unwrap(), heard)
+    (NetworkAgent::new(local, grace, wake).unwrap(), heard)
 }
 
 /// A network of one subnet with DHCP.
@@ -179,4 +183,117 @@ pub(crate) fn mac(last: u8) -> String {
 /// The first eleven characters of an id, as names of links have them.
 pub(crate) fn short(id: Uuid) -> String {
     id.to_string().chars().take(11).collect()
+}
+
+/// A guest: a namespace whose `eth0` is the other end of a port's tap. Its port's owner is
+/// `external`, since a tap alone has nobody behind it.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    name: String,
+    folder: tempfile::TempDir,
+}
+
+/// What a guest's DHCP client was told, by the client's own names.
+pub(crate) type Told = BTreeMap<String, String>;
+
+impl Guest {
+    pub(crate) async fn start(name: &str, port: Uuid, mac: &str) -> Self {
+        let tap = format!("tap{}", short(port));
+        run(&format!("ip netns add {name}")).await;
+        run(&format!("ip link add {tap} type veth peer name eth0 address {mac} netns {name}"))
+            .await;
+        run(&format!("ip -n {name} link set eth0 up")).await;
+        run(&format!("ip -n {name} link set lo up")).await;
+        Self { name: name.to_owned(), folder: tempfile::tempdir_in("/tmp").unwrap() }
+    }
+
+    pub(crate) async fn run(&self, line: &str) -> String {
+        run(&format!("ip netns exec {} {line}", self.name)).await
+    }
+
+    pub(crate) async fn try_run(&self, line: &str) -> Result<String, String> {
+        try_run(&format!("ip netns exec {} {line}", self.name)).await
+    }
+
+    pub(crate) async fn reaches(&self, address: &str) -> bool {
+        self.try_run(&format!("ping -c 1 -W 2 {address}")).await.is_ok()
+    }
+
+    /// Gets a lease by busybox's client and configures `eth0` with it.
+    pub(crate) async fn udhcpc(&self, options: &str) -> Result<Told, String> {
+        let script = self.folder.path().join("script");
+        let told = self.folder.path().join("told");
+        let body = format!(
+            "#!/bin/sh\n[ \"$1\" = bound ] || [ \"$1\" = renew ] || exit 0\nenv > {told}\n\
+             ip address flush dev eth0\nip address add $ip/$mask dev eth0\n\
+             ip link set eth0 mtu ${{mtu:-1500}}\n",
+            told = told.display()
+        );
+        std::fs::write(&script, body).unwrap();
+        make_executable(&script.display().to_string());
+        drop(std::fs::remove_file(&told));
+        self.try_run(&format!(
+            "busybox udhcpc -f -n -q -i eth0 -t 4 -T 1 -O mtu -O staticroutes -O 26 {options} -s {}",
+            script.display()
+        ))
+        .await?;
+        Ok(self::told(&told.display().to_string()))
+    }
+
+    /// Gets a lease by ISC's client, and lets it renew once.
+    pub(crate) async fn dhclient(&self) -> Told {
+        let file = |name: &str| self.folder.path().join(name).display().to_string();
+        let body = format!(
+            "#!/bin/sh\nprintf '%s\\n' \"$reason\" >> {reasons}\n\
+             case $reason in BOUND|REBOOT|RENEW) env > {told}.new; mv {told}.new {told};; \
+             PREINIT) ip link set eth0 up;; esac\n\
+             case $reason in BOUND|REBOOT) ip address replace $new_ip_address/24 dev eth0;; esac\n",
+            reasons = file("reasons"),
+            told = file("isc-told"),
+        );
+        std::fs::write(file("isc-script"), body).unwrap();
+        make_executable(&file("isc-script"));
+        std::fs::write(file("leases"), "").unwrap();
+        let conf = "timeout 10;\ninitial-interval 1;\nrequest subnet-mask, routers, domain-name, \
+                    domain-name-servers, interface-mtu, host-name;\n";
+        std::fs::write(file("conf"), conf).unwrap();
+        let arguments = format!(
+            "netns exec {} dhclient -4 -1 -d -cf {} -lf {} -pf {} -sf {} eth0",
+            self.name,
+            file("conf"),
+            file("leases"),
+            file("pid"),
+            file("isc-script"),
+        );
+        let client = Program::new("/usr/sbin/ip")
+            .args(arguments.split_whitespace())
+            .limit(Duration::from_secs(60));
+        let reasons = file("reasons");
+        let renewed = stackhand_testkit::wait_for(
+            Duration::from_secs(30),
+            "dhclient to be bound and to renew",
+            || async {
+                let text = std::fs::read_to_string(&reasons).unwrap_or_default();
+                text.contains("RENEW").then_some(())
+            },
+        );
+        tokio::select! {
+            () = renewed => {}
+            ended = client.run() => panic!("dhclient ended: {ended:?}"),
+        }
+        told(&file("isc-told"))
+    }
+}
+
+fn make_executable(path: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn told(path: &str) -> Told {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
 }

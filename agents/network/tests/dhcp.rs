@@ -1,0 +1,161 @@
+//! DHCP by clients that nobody here wrote, in guests of their own.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+
+use std::time::Duration;
+
+use serde_json::json;
+use stackhand_runtime::agent::Agent;
+use support::{Documents, Guest, agent, agent_of, local, mac, network, on_a_host, port, run};
+use uuid::Uuid;
+
+#[test]
+fn guests_get_their_leases_and_reach_one_another_and_the_server() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a, b) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let first = Guest::start("first", a, &mac(10)).await;
+        let second = Guest::start("second", b, &mac(11)).await;
+        let mut documents = Documents::default();
+        let more = json!({"mtu": 1400, "dns_domain": "int.example.org"});
+        documents.put("Network", "net", net, network("local", &more));
+        let more = json!({"owner": "external", "dns_name": "web"});
+        documents.put("Port", "a", a, port(net, "one", 10, &more));
+        let more = json!({
+            "owner": "external",
+            "extra_dhcp_options": [{"name": "bootfile-name", "value": "boot.efi"}],
+        });
+        documents.put("Port", "b", b, port(net, "one", 11, &more));
+        documents.settle(&agent).await;
+        documents.rest(&agent).await;
+
+        let told = first.udhcpc("-O search -O domain").await.unwrap();
+        assert_eq!(told["ip"], "10.7.0.10");
+        assert_eq!(told["mask"], "24");
+        assert_eq!(told["router"], "10.7.0.1");
+        assert_eq!(told["dns"], "192.0.2.53");
+        assert_eq!(told["domain"], "int.example.org");
+        assert_eq!(told["hostname"], "web");
+        assert_eq!(told["mtu"], "1400");
+        assert_eq!(told["lease"], "3600");
+        assert_eq!(told["serverid"], "10.7.0.2");
+        assert_eq!(
+            told["staticroutes"], "169.254.169.254/32 10.7.0.2 0.0.0.0/0 10.7.0.1",
+            "the metadata service, and the default that goes with classless routes"
+        );
+        let told = second.udhcpc("-O bootfile -r 10.7.0.99").await.unwrap();
+        assert_eq!(told["ip"], "10.7.0.11", "the one that it asked for is not its own");
+        assert_eq!(told["boot_file"], "boot.efi");
+        assert_eq!(told["hostname"], "host-10-7-0-11");
+
+        assert!(first.reaches("10.7.0.11").await && second.reaches("10.7.0.10").await);
+        assert!(first.reaches("10.7.0.2").await, "the server answers pings");
+        documents.rest(&agent).await;
+        let facts = agent.facts().await;
+        assert!(facts["dhcp"]["answered"].as_u64().unwrap() >= 4, "{facts}");
+    });
+}
+
+#[test]
+fn a_client_that_no_port_knows_gets_nothing_and_is_counted() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        let guest = Guest::start("guest", a, &mac(66)).await;
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
+        documents.settle(&agent).await;
+        guest.udhcpc("").await.unwrap_err();
+        let facts = agent.facts().await;
+        assert_eq!(facts["dhcp"]["answered"], 0, "{facts}");
+        assert!(facts["dhcp"]["ignored"]["unknown_client"].as_u64().unwrap() >= 1, "{facts}");
+    });
+}
+
+#[test]
+fn isc_dhclient_is_bound_and_renews_while_the_agent_restarts() {
+    on_a_host(|| async {
+        let mut quick = local("one");
+        // It renews after half of that.
+        quick.lease_seconds = 4;
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        let guest = Guest::start("guest", a, &mac(10)).await;
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({"mtu": 1300})));
+        documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
+        let (first, _) = agent_of(quick.clone(), Duration::ZERO);
+        documents.settle(&first).await;
+        drop(first);
+        let (second, _) = agent_of(quick, Duration::ZERO);
+        documents.rest(&second).await;
+        let told = guest.dhclient().await;
+        assert_eq!(told["new_ip_address"], "10.7.0.10");
+        assert_eq!(told["new_interface_mtu"], "1300");
+        assert_eq!(told["new_routers"], "10.7.0.1");
+        assert_eq!(told["reason"], "RENEW");
+        documents.rest(&second).await;
+    });
+}
+
+#[test]
+fn a_changed_address_is_told_at_the_next_renewal_and_the_socket_stays() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        let guest = Guest::start("guest", a, &mac(10)).await;
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
+        documents.settle(&agent).await;
+        assert_eq!(guest.udhcpc("").await.unwrap()["ip"], "10.7.0.10");
+        let before = sockets(net).await;
+        let more = json!({
+            "owner": "external",
+            "fixed_ips": [{"subnet": "main", "address": "10.7.0.20"}],
+        });
+        documents.put("Port", "a", a, port(net, "one", 10, &more));
+        assert_eq!(documents.settle(&agent).await.writes, 0, "a lease is no kernel's business");
+        assert_eq!(sockets(net).await, before);
+        assert_eq!(guest.udhcpc("-r 10.7.0.10").await.unwrap()["ip"], "10.7.0.20");
+    });
+}
+
+#[test]
+fn every_host_serves_its_own_guests_and_no_other_hosts() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        run("ip netns add outside").await;
+        run("ip link add eth9 type veth peer name eth0 netns outside").await;
+        run("ip -n outside link set eth0 up address fa:16:3e:00:00:0a").await;
+        let guest = Guest::start("guest", a, &mac(10)).await;
+        let mut documents = Documents::default();
+        let host = json!({"bridge_mappings": {"public": "eth9"}});
+        documents.put("Host", "one", Uuid::new_v4(), host);
+        let flat = network("flat", &json!({"physical_network": "public"}));
+        documents.put("Network", "net", net, flat);
+        documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
+        documents.settle(&agent).await;
+        assert_eq!(guest.udhcpc("").await.unwrap()["ip"], "10.7.0.10");
+        // The same client on the other side of the uplink is not heard: another host's server is
+        // there for it, with the same address.
+        let before = agent.facts().await["dhcp"]["answered"].clone();
+        let outside =
+            "ip netns exec outside busybox udhcpc -f -n -q -i eth0 -t 2 -T 1 -s /bin/true";
+        support::try_run(outside).await.unwrap_err();
+        assert_eq!(agent.facts().await["dhcp"]["answered"], before);
+        // Guests themselves do reach the outside.
+        run("ip -n outside address add 10.7.0.200/24 dev eth0").await;
+        run("ip -n outside link set eth0 address fa:16:3e:00:00:c8").await;
+        assert!(guest.reaches("10.7.0.200").await);
+        documents.rest(&agent).await;
+    });
+}
+
+/// The sockets of a network's DHCP server, with their numbers.
+async fn sockets(network: Uuid) -> String {
+    run(&format!("ip netns exec qdhcp-{network} ss -lunHe")).await
+}
