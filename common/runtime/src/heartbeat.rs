@@ -32,6 +32,9 @@ const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
 /// Longest that the last word may take.
 const LAST_WORD_LIMIT: Duration = Duration::from_millis(800);
 
+/// The name under which health hears of reports.
+const PART: &str = "heartbeat";
+
 /// Events that may wait for the broker.
 const EVENT_QUEUE: usize = 1000;
 
@@ -163,7 +166,7 @@ impl Reporter {
         let parts = self.health.stuck().into_iter().chain(self.health.unready());
         reasons.extend(parts.map(|it| format!("{}: {}", it.part, it.reason)));
         if let Some(why) = &self.ledger.control().borrow().paused {
-            reasons.push(format!("paused: {why}; `agentctl host resume` lets it go on"));
+            reasons.push(format!("paused: {why}; the method `resume` lets it go on"));
         }
         if self.ledger.made_for() != self.identity.host {
             reasons.push(format!(
@@ -286,47 +289,50 @@ pub async fn run(
             sent = publish(&*transport, &heartbeats, &report, PUBLISH_LIMIT) => sent,
         };
         let due = registered.is_none_or(|at| at.elapsed() >= register_interval);
-        if sent && due && publish(&*transport, &registry, &registration, PUBLISH_LIMIT).await {
-            registered = Some(Instant::now());
+        let sent = match sent {
+            Ok(()) if due => {
+                let sent = publish(&*transport, &registry, &registration, PUBLISH_LIMIT).await;
+                registered = sent.is_ok().then(Instant::now).or(registered);
+                sent
+            }
+            other => other,
+        };
+        match sent {
+            Ok(()) => reporter.health.ready(PART),
+            Err(error) => {
+                tracing::warn!(error, "the broker is connected and takes no report");
+                reporter.health.not_ready(PART, format!("the broker takes no report: {error}"));
+            }
         }
     }
     let report = reporter.next(true);
     if matches!(*link.borrow(), LinkState::Up { .. }) {
         let registration = report.registration();
-        tokio::join!(
+        let (reported, unregistered) = tokio::join!(
             publish(&*transport, &heartbeats, &report, LAST_WORD_LIMIT),
             publish(&*transport, &registry, &registration, LAST_WORD_LIMIT),
         );
+        if let Err(error) = reported.and(unregistered) {
+            tracing::info!(error, "the last word did not reach the broker");
+        }
     }
     if timeout(LAST_WORD_LIMIT, events).await.is_err() {
         tracing::warn!("events that waited for the broker are lost");
     }
 }
 
-/// Publishes one record within a limit. Failures are logged and are no matter.
+/// Publishes one record within a limit, or says why not.
 async fn publish(
     transport: &dyn Transport,
     stream: &Stream,
     record: &impl Serialize,
     limit: Duration,
-) -> bool {
-    let body = match serde_json::to_value(record) {
-        Ok(body) => body,
-        Err(error) => {
-            tracing::error!(%error, stream = stream.name, "cannot encode a record");
-            return false;
-        }
-    };
+) -> Result<(), String> {
+    let body = serde_json::to_value(record).map_err(|error| error.to_string())?;
     match timeout(limit, transport.publish(stream, body)).await {
-        Ok(Ok(())) => true,
-        Ok(Err(error)) => {
-            tracing::debug!(%error, stream = stream.name, "record not published");
-            false
-        }
-        Err(_elapsed) => {
-            tracing::debug!(stream = stream.name, ?limit, "record not published in time");
-            false
-        }
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_elapsed) => Err(format!("{} took no record within {limit:?}", stream.name)),
     }
 }
 

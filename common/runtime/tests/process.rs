@@ -25,7 +25,7 @@ use stackhand_runtime::{AgentContext, Program};
 use uuid::Uuid;
 
 const ARGUMENTS: &str = "TOY_ARGUMENTS";
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(90);
 
 #[derive(Debug)]
 struct Toy;
@@ -283,6 +283,100 @@ fn settings_and_preflight_are_told_without_starting() {
     let report: Value = serde_json::from_str(json).unwrap();
     assert!(report["findings"].as_array().unwrap().iter().any(|it| it["check"] == "state-dir"));
     assert!(!host.dir.path().join("state/ledger.redb").exists(), "looking makes no ledger");
+}
+
+/// The same over a real RabbitMQ, started by the test.
+mod broker {
+    use futures_util::StreamExt;
+    use stackhand_bus::amqp::{AmqpOptions, AmqpTransport};
+    use stackhand_bus::sign::{Signer, SigningKey, SigningTransport};
+    use stackhand_bus::{ReadFrom, Transport};
+    use stackhand_model::ErrorCode;
+    use stackhand_runtime::report::{self, Registration, Report};
+    use stackhand_testkit::broker::Broker;
+
+    use super::*;
+
+    async fn reports(transport: &Arc<dyn Transport>, wanted: impl Fn(&Report) -> bool) -> Report {
+        let deadline = Instant::now() + LIMIT;
+        let records = loop {
+            match transport.read(&report::heartbeats(), ReadFrom::First, true).await {
+                Ok(records) => break records,
+                // A broker that has just started does not have its queues at once.
+                Err(error) if error.is_transient() && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        };
+        let reports = records.map(|it| serde_json::from_value::<Report>(it.unwrap().body).unwrap());
+        let found = reports.filter(|it| std::future::ready(wanted(it)));
+        tokio::pin!(found);
+        tokio::time::timeout(LIMIT, found.next()).await.expect("no such report").unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn signed_commands_are_obeyed_and_the_host_goes_on_without_a_broker() {
+        let mut rabbit = Broker::start();
+        let keys = tempfile::tempdir().unwrap();
+        let key = SigningKey::generate().unwrap();
+        std::fs::write(keys.path().join("controller.pub"), key.public("test").to_string()).unwrap();
+        let host = Host::new(&format!(
+            "[bus]\nurl = \"{}\"\n[signing]\ntrusted_controllers = \"{}\"\n\
+             [heartbeat]\ninterval_seconds = 1\n",
+            rabbit.url(),
+            keys.path().display()
+        ));
+        let url = rabbit.url().parse().unwrap();
+        let plain: Arc<dyn Transport> =
+            Arc::new(AmqpTransport::connect(url, &AmqpOptions::default()).unwrap());
+        let mut agent = Running(host.command(&[]).spawn().unwrap());
+
+        let first = reports(&plain, |report| report.sequence == 1).await;
+        assert_eq!((first.host.as_str(), first.signing), ("compute1", Some(true)));
+        let took = first.sent_at.duration_since(first.started_at);
+        println!("from the start of the process to its first heartbeat: {took:#}");
+        let limit = if cfg!(debug_assertions) { 2000 } else { 200 };
+        assert!(took.as_millis() < limit, "{took:#}");
+
+        let stranger = AgentClient::new(Arc::clone(&plain), AgentKind::Network, "compute1");
+        stranger.ping().await.unwrap();
+        let refused = stranger.get(None, None).await.unwrap_err();
+        assert_eq!(refused.refused().expect("no refusal").code, ErrorCode::Forbidden);
+        let signer = Arc::new(Signer::new(key));
+        let signing = SigningTransport::new(Arc::clone(&plain), signer, "stackhand");
+        let client = AgentClient::new(Arc::new(signing), AgentKind::Network, "compute1");
+        client.apply(&[group(1)]).await.unwrap();
+        client.wait(&[group(1).object()], Condition::Active, LIMIT).await.unwrap();
+
+        // RabbitMQ 3.10 loses a stream whose node is killed in the second in which it was made.
+        reports(&plain, |report| report.sequence >= 5).await;
+        rabbit.kill(0);
+        let local = host.client();
+        local.apply(&[group(2)]).await.unwrap();
+        local.wait(&[group(2).object()], Condition::Active, LIMIT).await.unwrap();
+        let deadline = Instant::now() + LIMIT;
+        while local.report().await.unwrap().reasons.is_empty() {
+            assert!(Instant::now() < deadline, "the report does not miss the broker");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        rabbit.restart(0);
+        let back = Instant::now();
+        let restarted = jiff::Timestamp::now();
+        reports(&plain, |it| it.sent_at > restarted).await;
+        println!("heartbeats are back {:?} after the broker", back.elapsed());
+        assert_eq!(client.get(None, None).await.unwrap().len(), 2);
+
+        agent.signal(Signal::SIGTERM);
+        assert!(agent.wait().success(), "{:?}", agent.output());
+        let last = reports(&plain, |report| report.stopping).await;
+        assert_eq!(last.id, first.id);
+        let records = plain.read(&report::registry(), ReadFrom::First, false).await.unwrap();
+        let records: Vec<_> = records.collect().await;
+        let last = records.last().unwrap().as_ref().unwrap().body.clone();
+        assert!(serde_json::from_value::<Registration>(last).unwrap().stopping);
+        plain.close().await;
+    }
 }
 
 // Keeps the error type of agents that cannot fail in the public interface.
