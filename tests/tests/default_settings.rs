@@ -1,13 +1,14 @@
 //! The settings files that the packages ship: they say what the defaults are, so they must be right.
 //!
 //! Every key stands in them as a comment, `#key = value`. The value is the default, unless the words above
-//! it end with `Example:`.
+//! it end with `Example:`. The agents' own files are put before the agents themselves.
 
 #![expect(clippy::unwrap_used, reason = "a helper of tests may fail as a test does")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use assert_cmd::Command;
 use serde::{Deserialize, Serialize};
 use stackhand_runtime::config::{self, AgentSection, Problems, Settings, Sources};
 
@@ -102,6 +103,49 @@ fn the_shared_file_names_every_key_there_is() {
                 inner == "amqp" || told[key].as_table().unwrap().contains_key(inner),
                 "stackhand.toml does not tell of `{key}.{inner}`"
             );
+        }
+    }
+}
+
+/// What an agent says its settings are: `key = value` of each section, without the sources.
+fn printed(agent: &str, dir: &Path) -> Vec<String> {
+    let output = Command::new(stackhand_testkit::bin(&format!("{agent}-agent")))
+        .args(["--print-config", "--config-dir"])
+        .arg(dir)
+        .env_clear()
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && error.is_empty(), "{agent}-agent: {error}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains(&format!("[{agent}]")), "{agent}-agent prints no settings: {text}");
+    let without_source =
+        |line: &str| line.split("  #").next().unwrap_or_default().trim().to_owned();
+    text.lines().map(without_source).filter(|line| !line.contains("trusted_controllers")).collect()
+}
+
+#[test]
+fn every_value_in_an_agents_own_file_is_its_default() {
+    let empty = tempfile::tempdir().unwrap();
+    for agent in config::AGENTS {
+        let dir = tempfile::tempdir().unwrap();
+        let file = format!("{agent}.toml");
+        fs::write(dir.path().join(&file), uncommented(&file, false)).unwrap();
+        assert_eq!(printed(agent, dir.path()), printed(agent, empty.path()), "{file}");
+    }
+}
+
+#[test]
+fn every_example_in_an_agents_own_file_is_accepted_and_every_key_told() {
+    for agent in config::AGENTS {
+        let dir = tempfile::tempdir().unwrap();
+        let file = format!("{agent}.toml");
+        let text = uncommented(&file, true);
+        fs::write(dir.path().join(&file), &text).unwrap();
+        let told: toml::Table = text.parse().unwrap();
+        let printed: toml::Table = printed(agent, dir.path()).join("\n").parse().unwrap();
+        for key in printed[agent].as_table().unwrap().keys() {
+            assert!(told[agent].get(key).is_some(), "{file} does not tell of `{agent}.{key}`");
         }
     }
 }
