@@ -265,15 +265,7 @@ pub async fn run(
             biased;
             () = closing.cancelled() => break,
             _now = ticks.tick() => {}
-            changed = link.changed() => {
-                if changed.is_err() || !matches!(*link.borrow(), LinkState::Up { .. }) {
-                    tokio::task::yield_now().await;
-                    if changed.is_err() {
-                        break;
-                    }
-                    continue;
-                }
-            }
+            changed = link.changed() => if changed.is_err() { break },
             // The ledger outlives this task.
             _changed = control.changed() => registered = None,
         }

@@ -212,3 +212,43 @@ async fn watch_link(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stackhand_bus::{Origin, Request, Service, Version};
+    use stackhand_model::AgentKind;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn without_a_folder_of_keys_nobody_is_obeyed_and_health_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut common = CommonSettings::for_agent("network");
+        common.state_dir = dir.path().to_owned();
+        common.signing.trusted_controllers = dir.path().join("trusted_controllers");
+        let ledger = Ledger::open(dir.path(), AgentKind::Network, "compute1").unwrap();
+        let health = Health::new();
+        let guard = Guard::new(&common, &ledger, &health).unwrap();
+        let unready = health.unready();
+        assert_eq!(unready[0].part, "signing");
+        assert!(unready[0].reason.contains("trusted_controllers"), "{}", unready[0].reason);
+
+        let service = Service {
+            exchange: "stackhand".into(),
+            topic: "stackhand.network".into(),
+            server: "compute1".into(),
+            concurrency: 1,
+        };
+        let delivered = Delivered {
+            request: Request::new("get", Value::Null),
+            namespace: None,
+            version: Version::V1_0,
+            unique_id: "u1".into(),
+            is_call: true,
+            origin: Origin::Broker,
+        };
+        guard.verifier.verify(&service, &delivered).await.unwrap_err();
+        assert_eq!(guard.verifier.refused()["unsigned"], 1);
+        assert_eq!(guard.troubles(), Vec::<String>::new());
+    }
+}
