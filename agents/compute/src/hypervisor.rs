@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 use crate::domain::Mark;
 
+pub mod fake;
+
 /// A domain as it is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainSeen {
