@@ -55,7 +55,7 @@ lint: ## Format, shell scripts, clippy, rustdoc, dependencies
 	$(stage) format cargo fmt --all --check
 	$(stage) shellcheck shellcheck --external-sources $(shell_scripts)
 	$(stage) clippy cargo clippy --locked --workspace --all-targets -- -D warnings
-	$(stage) rustdoc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --quiet --workspace --no-deps --document-private-items
+	$(stage) rustdoc env RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --locked --quiet --workspace --no-deps --document-private-items
 	$(stage) dependencies cargo deny --locked --log-level error check --hide-inclusion-graph licenses bans sources
 
 .PHONY: advisories
