@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use stackhand_kernel::netlink::{BridgePort, Tap, Vxlan};
-use stackhand_model::{Document, NetworkId, ObjectRef, PortId, Spec};
+use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, Spec};
 use stackhand_model::{HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
 use stackhand_runtime::agent::Desired;
 
@@ -230,7 +230,7 @@ impl Builder<'_> {
         let has_taps = here.iter().any(|(_, port)| needs_tap(port));
         let serves = dhcp::serves(network, &self.local.host, has_taps);
         if !has_taps && !serves {
-            return self.remote_ports(id, network, None);
+            return;
         }
         let uplink = match self.uplink(network) {
             Ok(uplink) => uplink,
@@ -255,6 +255,7 @@ impl Builder<'_> {
             make: Make::Bridge,
             set: Set {
                 mark: Some(Mark::Network(id)),
+                mac: Some(bridge_mac(id)),
                 mtu: Some(mtu),
                 up: Some(true),
                 ipv6_off: Some(true),
@@ -421,35 +422,36 @@ impl Builder<'_> {
         self.want(At::host(names::tap(id)), wanted);
     }
 
-    /// Ports of the network on other hosts: where their frames go. `uplink` is the overlay, if the
-    /// network is wired here.
+    /// Ports of a wired network on other hosts: where their frames go, by the overlay if it has one.
     fn remote_ports(&mut self, id: NetworkId, network: &NetworkSpec, uplink: Option<&str>) {
-        let overlay = network.network_type == NetworkType::Vxlan;
-        let remote = self.documents.ports_of(id).filter(|(_, port)| port.host != self.local.host);
+        let overlay = uplink.filter(|_| network.network_type == NetworkType::Vxlan);
         let (mut forwarding, mut neighbours) = (Forwarding::default(), BTreeMap::new());
-        for (port_id, port) in remote.filter(|_| overlay && uplink.is_some()) {
-            let Some(&via) = self.documents.tunnels.get(port.host.as_str()) else {
-                let reason = format!(
-                    "host {} has no tunnel address here; send its Host document with \
-                     tunnel_address",
-                    port.host
-                );
-                self.wait(port_id.object(), reason);
-                continue;
-            };
-            forwarding.unicast.insert(port.mac, BTreeSet::from([via]));
-            forwarding.flood.insert(via);
-            forwarding.in_bridge.insert(port.mac);
-            neighbours.extend(port.fixed_ips.iter().map(|fixed| (fixed.address, port.mac)));
+        if overlay.is_some() {
+            let ports = self.documents.ports_of(id);
+            for (port_id, port) in ports.filter(|(_, port)| port.host != self.local.host) {
+                let Some(&via) = self.documents.tunnels.get(port.host.as_str()) else {
+                    let reason = format!(
+                        "host {} has no tunnel address here; send its Host document with \
+                         tunnel_address",
+                        port.host
+                    );
+                    self.wait(port_id.object(), reason);
+                    continue;
+                };
+                forwarding.unicast.insert(port.mac, BTreeSet::from([via]));
+                forwarding.flood.insert(via);
+                forwarding.in_bridge.insert(port.mac);
+                neighbours.extend(port.fixed_ips.iter().map(|fixed| (fixed.address, port.mac)));
+            }
+            let servers = network.dhcp_hosts.iter().filter(|host| **host != self.local.host);
+            for host in servers {
+                forwarding.flood.extend(self.documents.tunnels.get(host.as_str()));
+            }
         }
-        let servers = network.dhcp_hosts.iter().filter(|host| **host != self.local.host);
-        for host in servers.filter(|_| overlay) {
-            forwarding.flood.extend(self.documents.tunnels.get(host.as_str()));
+        if let Some(link) = overlay {
+            self.wish.l2.forwarding.insert(link.to_owned(), forwarding);
         }
-        if let (Some(uplink), true) = (uplink, overlay) {
-            self.wish.l2.forwarding.insert(uplink.to_owned(), forwarding);
-            self.wish.l2.neighbours.insert(names::bridge(id), neighbours);
-        }
+        self.wish.l2.neighbours.insert(names::bridge(id), neighbours);
     }
 
     /// Ports whose network nobody has told us of, and links that ports to go leave behind.
@@ -484,6 +486,14 @@ impl Builder<'_> {
             self.wait(document.object(), reason);
         }
     }
+}
+
+/// The Ethernet address of a network's bridge. Without one of its own a bridge takes the lowest of
+/// its ports, and whenever that changes the kernel forgets the neighbours we told it.
+fn bridge_mac(network: NetworkId) -> MacAddr {
+    let [a, b, c, d, e, ..] = network.0.into_bytes();
+    // Locally administered, of one station.
+    MacAddr([0x0e, a, b, c, d, e])
 }
 
 /// Told where a document asks for a router.

@@ -34,6 +34,8 @@ pub mod netlink;
 mod plan;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod worlds;
 
 /// Where a link is: in a namespace, or on the host itself; and its name there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -267,8 +267,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_burst_passes_and_a_storm_is_slowed_down() {
+    #[test]
+    fn a_burst_passes_and_a_storm_is_slowed_down() {
         let start = Instant::now();
         let mut pace = Pace::new(start);
         for _ in 0..BURST {

@@ -1,0 +1,86 @@
+//! The fake and the kernel must agree, or tests against the fake prove nothing.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+#[path = "../src/l2/worlds.rs"]
+mod worlds;
+
+use std::collections::BTreeSet;
+
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::TestRunner;
+use stackhand_network::desired::host_wish;
+use stackhand_network::l2::fake::FakeHost;
+use stackhand_network::l2::netlink::NetlinkHost;
+use stackhand_network::l2::{At, Change, HostNet, Make, Seen, SeenKind, plan};
+use stackhand_runtime::agent::Desired;
+use support::{local, on_a_host, run};
+use worlds::any_world;
+
+/// Plans and performs until nothing is left; returns the changes of the first round.
+async fn converge(host: &impl HostNet, desired: &Desired) -> Vec<Change> {
+    let mut first = None;
+    for _ in 0..4 {
+        let seen = host.observe().await.unwrap();
+        let wish = host_wish(desired, &local("one"), &seen);
+        let orphans = plan(&wish.l2, &seen, &BTreeSet::new()).orphans;
+        let steps = plan(&wish.l2, &seen, &orphans).steps;
+        if steps.is_empty() {
+            return first.unwrap_or_default();
+        }
+        for step in &steps {
+            host.apply(&step.change).await.unwrap_or_else(|error| {
+                panic!("{}: {}", step.change, stackhand_kernel::Chain(&error))
+            });
+        }
+        first = first.or_else(|| Some(steps.into_iter().map(|step| step.change).collect()));
+    }
+    panic!("it does not come to rest");
+}
+
+/// What both must agree on: not what the kernel chooses by itself.
+fn comparable(mut seen: Seen, desired: &Desired) -> Seen {
+    let wish = host_wish(desired, &local("one"), &seen);
+    seen.links.retain(|at, link| {
+        link.kind != SeenKind::Loopback
+            && wish.l2.links.get(at).is_some_and(|wanted| wanted.make != Make::Brought)
+    });
+    for link in seen.links.values_mut() {
+        link.carrier = false;
+        link.mac = None;
+    }
+    seen.forwarding.retain(|_, table| *table != Default::default());
+    seen.neighbours.retain(|_, table| !table.is_empty());
+    seen
+}
+
+#[test]
+fn a_long_walk_through_random_worlds_leaves_both_in_the_same_state() {
+    on_a_host(|| async {
+        run("ip link add under type veth peer name wire").await;
+        run("ip address add 192.0.2.1/24 dev under").await;
+        run("ip link add eth9 type veth peer name wire9").await;
+        run("ip link add docker0 type bridge").await;
+        let kernel = NetlinkHost::new();
+        let fake = FakeHost::new(kernel.observe().await.unwrap());
+        let mut runner = TestRunner::deterministic();
+        for turn in 0..40 {
+            let world = any_world().new_tree(&mut runner).unwrap().current();
+            let desired = world.desired();
+            let on_kernel = converge(&kernel, &desired).await;
+            let on_fake = converge(&fake, &desired).await;
+            assert_eq!(on_kernel, on_fake, "turn {turn}");
+            let before = kernel.writes();
+            assert_eq!(converge(&kernel, &desired).await, [], "turn {turn}");
+            assert_eq!(kernel.writes(), before, "turn {turn}: a second pass writes nothing");
+            let seen = kernel.observe().await.unwrap();
+            assert!(seen.links.contains_key(&At::host("docker0")));
+            assert_eq!(
+                comparable(seen, &desired),
+                comparable(fake.seen(), &desired),
+                "turn {turn}"
+            );
+        }
+    });
+}
