@@ -193,6 +193,7 @@ pub(super) async fn call(
 
     // The call is in one of three states: to be sent, handed over, or over.
     let mut handed_over = false;
+    let mut silence = resend_after(shared, limits);
     loop {
         let session = match shared.session(deadline).await {
             Ok(session) => session,
@@ -226,7 +227,11 @@ pub(super) async fn call(
         };
         match sent {
             Ok(()) => handed_over = true,
-            Err(SendError::LinkLost | SendError::NotYet(_)) => continue,
+            Err(SendError::LinkLost) => continue,
+            Err(SendError::NotYet(_)) => {
+                tokio::time::sleep(NO_QUEUE_PAUSE).await;
+                continue;
+            }
             Err(SendError::Unroutable | SendError::NoExchange) => {
                 return Err(BusError::Undeliverable { target: target.to_string() });
             }
@@ -234,6 +239,8 @@ pub(super) async fn call(
                 return Err(BusError::Refused { peer: session.peer.clone(), reason });
             }
         }
+        let again = silence.map_or(deadline, |silence| Instant::now() + silence);
+        silence = silence.map(|silence| silence * 2);
         loop {
             let silence = limits.monitor.map_or(deadline, |monitor| Instant::now() + monitor);
             tokio::select! {
@@ -244,9 +251,17 @@ pub(super) async fn call(
                 () = sleep_until(silence.min(deadline)) => {
                     return Err(timeout(begun.elapsed()));
                 }
+                () = sleep_until(again) => break,
             }
         }
     }
+}
+
+/// How long a call may hear nothing before it is sent again.
+fn resend_after(shared: &Shared, limits: CallLimits) -> Option<Duration> {
+    let after = seconds(shared.options.resend_silent_calls_seconds);
+    let wanted = shared.options.resend_confirmed_calls && limits.monitor.is_none();
+    (wanted && !after.is_zero()).then_some(after)
 }
 
 fn answered(

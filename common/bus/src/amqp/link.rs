@@ -144,11 +144,17 @@ impl Shared {
         self.servers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts every server on a session. Servers that run on it already stay as they are.
+    /// Starts every server on a session. Servers that run on it already stay as they are; one
+    /// whose queue does not work yet is tried again beside the others.
     async fn start_servers(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), DeclareError> {
         let servers = self.servers_locked().clone();
         for server in servers {
-            server.start(self, session).await?;
+            match server.start(self, session).await {
+                Err(DeclareError::NotYet(reason)) => {
+                    server.start_later(Arc::clone(self), Arc::clone(session), &reason);
+                }
+                other => other?,
+            }
         }
         Ok(())
     }

@@ -87,6 +87,10 @@ pub struct AmqpOptions {
     /// recognise the copy and answer it without doing the work twice; a Python server does so
     /// only within its last 16 messages.
     pub resend_confirmed_calls: bool,
+    /// Seconds after which a call without any answer is sent again on a link that stayed up, in
+    /// case its queue was lost with a node; doubled every time, 0 is never. Follows
+    /// `resend_confirmed_calls`, and leaves monitored calls alone.
+    pub resend_silent_calls_seconds: f64,
     /// Seconds a cast, notification or stream record waits for the broker to be back.
     pub send_timeout_seconds: f64,
     /// Answer `oslo_rpc_server_ping`.
@@ -122,6 +126,7 @@ impl Default for AmqpOptions {
             missing_consumer_retry_timeout_seconds: 60.0,
             undeliverable_grace_seconds: 5.0,
             resend_confirmed_calls: true,
+            resend_silent_calls_seconds: 10.0,
             send_timeout_seconds: 30.0,
             rpc_ping_enabled: false,
             connection_name: None,
@@ -191,6 +196,7 @@ impl AmqpOptions {
             ("missing_consumer_retry_timeout_seconds", self.missing_consumer_retry_timeout_seconds),
             ("undeliverable_grace_seconds", self.undeliverable_grace_seconds),
             ("send_timeout_seconds", self.send_timeout_seconds),
+            ("resend_silent_calls_seconds", self.resend_silent_calls_seconds),
         ] {
             if !(0.0..=86_400.0).contains(&seconds) {
                 let what = format!("{name} = {seconds} is not within 0..=86400 seconds");

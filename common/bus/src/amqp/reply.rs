@@ -63,7 +63,10 @@ pub(super) async fn send(shared: Arc<Shared>, queue: String, body: Bytes) {
         let Ok(Some(session)) = tokio::time::timeout_at(oldest, next).await else { break };
         match send_once(&session, &queue, &body).await {
             Ok(()) => return,
-            Err(SendError::LinkLost | SendError::NotYet(_)) => {}
+            Err(SendError::LinkLost) => {}
+            Err(SendError::NotYet(_)) if Instant::now() < oldest => {
+                tokio::time::sleep(PAUSE).await;
+            }
             Err(SendError::Unroutable | SendError::NoExchange) => {
                 // A new session starts the clock anew: the caller reconnects too.
                 let since = match missing_since {
@@ -76,7 +79,7 @@ pub(super) async fn send(shared: Arc<Shared>, queue: String, body: Bytes) {
                 }
                 tokio::time::sleep(PAUSE).await;
             }
-            Err(SendError::Refused(reason)) => {
+            Err(SendError::Refused(reason) | SendError::NotYet(reason)) => {
                 tracing::warn!(queue, reason, "answer refused by the broker");
                 break;
             }

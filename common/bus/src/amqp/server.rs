@@ -32,6 +32,9 @@ use crate::{BusError, Delivered, Failure, Handler, Origin, ServerHandle, Service
 /// oslo.messaging's own method, answered for every service where it is switched on.
 const PING: &str = "oslo_rpc_server_ping";
 
+/// Between attempts to serve while a queue does not work.
+const NOT_YET_PAUSE: Duration = Duration::from_secs(1);
+
 /// One service, across sessions.
 pub(super) struct Server {
     service: Service,
@@ -81,7 +84,9 @@ pub(super) async fn serve(
         match server.start(shared, &session).await {
             // The supervisor starts it on the next session.
             Ok(()) | Err(DeclareError::LinkLost) => {}
-            Err(DeclareError::NotYet(reason)) => session.end(reason),
+            Err(DeclareError::NotYet(reason)) => {
+                server.start_later(Arc::clone(shared), Arc::clone(&session), &reason);
+            }
             Err(error) => {
                 shared.remove_server(&server);
                 return Err(error.into_bus_error(&session.peer));
@@ -114,6 +119,33 @@ impl Server {
             }
         });
         Ok(())
+    }
+
+    /// Keeps trying to start on a session while a queue of ours does not work: a classic queue
+    /// on a lost node is back when its node is. Everything else on the session goes on.
+    pub(super) fn start_later(
+        self: &Arc<Self>,
+        shared: Arc<Shared>,
+        session: Arc<Session>,
+        reason: &str,
+    ) {
+        let topic = &self.service.topic;
+        tracing::warn!(topic, reason, "not served; bring the node back, or use quorum queues");
+        let server = Arc::clone(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = session.over() => return,
+                    () = server.stop.cancelled() => return,
+                    () = tokio::time::sleep(NOT_YET_PAUSE) => {}
+                }
+                match server.start(&shared, &session).await {
+                    Ok(()) | Err(DeclareError::LinkLost) => return,
+                    Err(DeclareError::NotYet(_)) => {}
+                    Err(DeclareError::Refused(reason)) => session.end(reason),
+                }
+            }
+        });
     }
 
     async fn consume(

@@ -34,7 +34,7 @@ pub(super) enum SendError {
     Unroutable,
     /// The exchange is gone. It will be declared again.
     NoExchange,
-    /// The queue is there but does not work yet.
+    /// The queue is there but does not work now; it may soon.
     NotYet(String),
     /// The broker took it and said no.
     Refused(String),
@@ -245,18 +245,23 @@ impl Session {
                 );
                 self.try_queue(&mut declarer, queue, true).await
             }
-            // Quorum queues and streams find a leader again, with all they hold. A classic
-            // queue is on one node; it is of use to nobody until that is back.
+            // Quorum queues and streams find a leader again, with all they hold. A classic queue
+            // is on one node: without it we need a new one. RabbitMQ permits that for a queue
+            // that crashed, and refuses with the same 404 while its node is down.
             Err(error)
                 if code(&error) == Some(404) && !queue.arguments.contains_key("x-queue-type") =>
             {
                 tracing::warn!(queue = queue.name, %error, "queue is stuck; making it anew");
-                let channel =
-                    self.declaring(&mut declarer).await.map_err(|error| self.lost(&error))?;
-                let name = short(&queue.name).map_err(|error| self.refused(&what, &error))?;
-                let deleted = channel.queue_delete(name, QueueDeleteOptions::default()).await;
-                settle(&mut declarer, deleted).map_err(|error| self.refused(&what, &error))?;
-                self.try_queue(&mut declarer, queue, false).await
+                let anew = async {
+                    let channel = self.declaring(&mut declarer).await?;
+                    let name = short(&queue.name)?;
+                    let deleted = channel.queue_delete(name, QueueDeleteOptions::default()).await;
+                    settle(&mut declarer, deleted)
+                };
+                match anew.await {
+                    Ok(_) => self.try_queue(&mut declarer, queue, false).await,
+                    Err(error) => Err(error),
+                }
             }
             other => other,
         }
@@ -364,7 +369,8 @@ impl Session {
                     Err(SendError::Unroutable)
                 }
                 Ok(Confirmation::Nack(None)) => {
-                    Err(SendError::Refused("the queue did not accept the message".into()))
+                    // Its process died, or it is full.
+                    Err(SendError::NotYet("the queue did not accept the message".into()))
                 }
                 Ok(Confirmation::NotRequested) => Err(self.lost_at("confirms are off")),
                 Err(error) if code(&error) == Some(404) => {
