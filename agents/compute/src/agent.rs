@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stackhand_model::{AgentKind, ImageId, InstanceId, ObjectRef};
 use stackhand_runtime::agent::{
@@ -64,6 +65,15 @@ struct Memory {
     troubles: Vec<String>,
 }
 
+/// What a probe of KVM found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Probed {
+    /// The boot of the host in which it was made.
+    boot_id: String,
+    engine: Engine,
+    why: String,
+}
+
 impl<H: Hypervisor> ComputeAgent<H> {
     /// The agent of `host`, with its files in `state_dir`.
     #[must_use]
@@ -109,15 +119,46 @@ impl<H: Hypervisor> ComputeAgent<H> {
         let (engine, why) = match self.section.virt_type {
             VirtType::Kvm => (Engine::Kvm, "compute.virt_type says so".to_owned()),
             VirtType::Qemu => (Engine::Qemu, "compute.virt_type says so".to_owned()),
-            VirtType::Auto => match self.hypervisor.probe_kvm(&self.instances).await {
-                Ok(()) => (Engine::Kvm, "a probe guest ran on KVM".to_owned()),
-                Err(HypervisorError::Away { reason, .. }) => return Err(reason),
-                Err(error) => (Engine::Qemu, error.to_string()),
-            },
+            VirtType::Auto => {
+                let probed = self.probed().await?;
+                (probed.engine, probed.why)
+            }
         };
         tracing::info!(engine = engine.as_str(), why, "guests' instructions are executed");
         self.memory().engine = Some((engine, why));
         Ok(engine)
+    }
+
+    /// What the probe found; it is made once per boot of the host.
+    async fn probed(&self) -> Result<Probed, String> {
+        let boot_id = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await;
+        let boot_id = boot_id.map(|id| id.trim().to_owned()).unwrap_or_default();
+        let note = self.instances.with_file_name("virt-type.json");
+        let known = {
+            let note = note.clone();
+            crate::blocking(move || crate::files::read_json::<Probed>(&note)).await
+        };
+        match known {
+            Ok(Some(probed)) if probed.boot_id == boot_id && !boot_id.is_empty() => {
+                return Ok(probed);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(error = crate::chain(&error), "probing KVM anew"),
+        }
+        let (engine, why) = match self.hypervisor.probe_kvm(&self.instances).await {
+            Ok(()) => (Engine::Kvm, "a probe guest ran on KVM".to_owned()),
+            Err(HypervisorError::Away { reason, .. }) => return Err(reason),
+            Err(error) => (
+                Engine::Qemu,
+                format!("{error} (to try again before the next boot, remove {})", note.display()),
+            ),
+        };
+        let probed = Probed { boot_id, engine, why };
+        let kept = probed.clone();
+        if let Err(error) = crate::blocking(move || crate::files::write_json(&note, &kept)).await {
+            tracing::warn!(error = crate::chain(&error), "KVM will be probed at the next start");
+        }
+        Ok(probed)
     }
 
     /// Looks at everything.

@@ -20,7 +20,7 @@ use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
-use crate::domain::read;
+use crate::domain::{Engine, read};
 use crate::hypervisor::{
     DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power,
 };
@@ -100,6 +100,15 @@ impl Libvirt {
         });
         tokio::spawn(watch(Arc::downgrade(&shared)));
         Ok(Self { shared })
+    }
+
+    /// Runs the probe guest on `engine`, with its files in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// Tells why it did not run.
+    pub async fn probe(&self, folder: &Path, engine: Engine) -> Result<(), HypervisorError> {
+        probe::run(self, folder, engine).await
     }
 
     /// Runs `call` on a thread that may block.

@@ -6,9 +6,13 @@
 mod support;
 
 use std::fs;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stackhand_compute::domain::Engine;
+use stackhand_compute::hypervisor::Hypervisor;
+use stackhand_compute::libvirt::Libvirt;
 use stackhand_model::{Document, ErrorCode};
 use stackhand_runtime::agent::Agent;
 use stackhand_testkit::in_netns;
@@ -245,5 +249,22 @@ fn a_root_disk_is_made_over_its_image_and_a_foreign_domain_is_left_alone() {
         driven.want([instance.clone()], true);
         driven.until_gone(instance.object()).await;
         driven.kill().await;
+    });
+}
+
+#[test]
+fn the_probe_says_whether_kvm_runs_guests_and_leaves_nothing() {
+    in_netns(async || {
+        let root = tempfile::tempdir().unwrap();
+        let libvirtd = Libvirtd::start(&root.path().join("libvirt"));
+        let folder = root.path().join("state");
+        let libvirt = Libvirt::new(&libvirtd.uri(), Arc::new(|_| {})).unwrap();
+        // Where it must work, it does, and quickly; KVM may or may not.
+        libvirt.probe(&folder, Engine::Qemu).await.unwrap();
+        if let Err(error) = libvirt.probe_kvm(&folder).await {
+            assert!(error.to_string().starts_with("cannot run a probe guest on KVM"), "{error}");
+        }
+        assert_eq!(libvirtd.virsh(["list", "--all"]).trim(), "");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
     });
 }

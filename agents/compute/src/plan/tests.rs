@@ -375,7 +375,7 @@ fn any_wish() -> impl Strategy<Value = (Document, bool)> {
     let power = prop_oneof![Just("running"), Just("shutoff"), Just("paused")];
     let deleting = prop::bool::weighted(0.25);
     prop_oneof![
-        3 => (1u128..4, 1u64..4, power, 1u32..3, deleting.clone()).prop_map(
+        3 => (1u128..4, 1u64..4, power, 1u32..3, deleting).prop_map(
             |(id, generation, power, vcpus, deleting)| {
                 let fields = json!({"power_state": power, "vcpus": vcpus});
                 (instance(id, generation, &fields), deleting)
