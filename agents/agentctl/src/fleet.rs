@@ -146,6 +146,7 @@ impl Fleet {
                     members.push(self.local_member(*agent, transport).await);
                 }
                 members.sort_by_key(|member| member.row.agent);
+                self.name_host(&mut members);
                 return Ok(members);
             }
             Link::Bus(transport) => read_roster(transport.as_ref(), &self.cloud).await?,
@@ -158,6 +159,18 @@ impl Fleet {
                 row,
             })
             .collect())
+    }
+
+    /// All agents of a host have its name; those that do not answer get it from one that does.
+    fn name_host(&self, members: &mut [Member]) {
+        let Some(host) = members.iter().find(|it| it.row.alive).map(|it| it.row.host.clone())
+        else {
+            return;
+        };
+        for row in members.iter_mut().map(|it| &mut it.row).filter(|row| !row.alive) {
+            row.host.clone_from(&host);
+            row.id = report::agent_id(&self.cloud, &host, row.agent);
+        }
     }
 
     async fn local_member(&self, agent: AgentKind, transport: &Arc<dyn Transport>) -> Member {

@@ -74,7 +74,8 @@ pub(crate) async fn gather(
         let reason = member.row.reasons.join("; ");
         gathered.silent.push(format!("{} is down: {reason}", member.label()));
         let place = Place::new(member.row.agent, &member.row.host);
-        gathered.held.seats.insert(place, Seat { alive: false, enabled: false, reason });
+        let holds = known_objects(member);
+        gathered.held.seats.insert(place, Seat { alive: false, enabled: false, reason, holds });
     }
     let asked: Vec<Member> =
         gathered.members.iter().filter(|member| kinds(member).is_some()).cloned().collect();
@@ -87,7 +88,8 @@ pub(crate) async fn gather(
     for (member, answer) in ask_all(&asked, ask).await {
         let place = Place::new(member.row.agent, &member.row.host);
         let reason = member.row.reasons.join("; ");
-        let mut seat = Seat { alive: true, enabled: member.row.enabled, reason };
+        let holds = known_objects(&member);
+        let mut seat = Seat { alive: true, enabled: member.row.enabled, reason, holds };
         match answer {
             Ok(entries) => gathered.held.add(place.clone(), entries),
             Err(error) => {
@@ -99,6 +101,13 @@ pub(crate) async fn gather(
         gathered.held.seats.insert(place, seat);
     }
     Ok(gathered)
+}
+
+/// How many objects of each kind an agent holds, where its last word tells. The last report of
+/// one that was killed does not: it may have accepted documents since.
+fn known_objects(member: &Member) -> Option<BTreeMap<Kind, u64>> {
+    let objects = member.row.objects.as_ref().filter(|_| member.row.stopped)?;
+    Some(objects.iter().map(|(kind, states)| (*kind, states.values().sum())).collect())
 }
 
 /// Asks for everything that agents hold.

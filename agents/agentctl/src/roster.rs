@@ -25,6 +25,9 @@ pub(crate) struct AgentRow {
     pub(crate) zone: String,
     /// Heard of within three of its intervals, and it did not say good-bye.
     pub(crate) alive: bool,
+    /// Its last word was that it ends; what it then said about itself still holds.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) stopped: bool,
     /// Nothing is wrong with it, as far as it said.
     pub(crate) healthy: bool,
     /// Whether controllers choose it for new objects.
@@ -40,8 +43,9 @@ pub(crate) struct AgentRow {
     pub(crate) interval_seconds: u64,
     /// Why it is down, disabled or not well; its last word where it is gone.
     pub(crate) reasons: Vec<String>,
-    /// Objects held, by kind and state.
-    pub(crate) objects: BTreeMap<Kind, BTreeMap<State, u64>>,
+    /// Objects held, by kind and state, as last reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) objects: Option<BTreeMap<Kind, BTreeMap<State, u64>>>,
     /// Whether commands over the broker must be signed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) signing: Option<bool>,
@@ -147,6 +151,7 @@ impl AgentRow {
             host: report.host.clone(),
             zone: report.zone.clone(),
             alive,
+            stopped: report.stopping,
             healthy: report.healthy,
             enabled: report.control.enabled,
             paused: report.control.paused.clone(),
@@ -156,7 +161,7 @@ impl AgentRow {
             age_seconds: Some(age),
             interval_seconds: report.interval_seconds,
             reasons,
-            objects: report.objects.clone(),
+            objects: Some(report.objects.clone()),
             signing: report.signing,
         }
     }
@@ -178,6 +183,7 @@ impl AgentRow {
             host: registration.host.clone(),
             zone: registration.zone.clone(),
             alive,
+            stopped: registration.stopping,
             healthy: alive,
             enabled: registration.control.enabled,
             paused: registration.control.paused.clone(),
@@ -187,7 +193,7 @@ impl AgentRow {
             age_seconds: Some(age),
             interval_seconds: registration.interval_seconds,
             reasons,
-            objects: BTreeMap::new(),
+            objects: None,
             signing: None,
         }
     }
@@ -200,6 +206,7 @@ impl AgentRow {
             host: host.to_owned(),
             zone: String::new(),
             alive: false,
+            stopped: false,
             healthy: false,
             enabled: true,
             paused: None,
@@ -209,7 +216,7 @@ impl AgentRow {
             age_seconds: None,
             interval_seconds: 0,
             reasons: vec![reason],
-            objects: BTreeMap::new(),
+            objects: None,
             signing: None,
         }
     }
@@ -220,8 +227,9 @@ impl AgentRow {
     }
 
     /// Objects in a state, over all kinds.
-    fn count(&self, state: State) -> u64 {
-        self.objects.values().filter_map(|states| states.get(&state)).sum()
+    fn count(&self, state: State) -> Option<u64> {
+        let objects = self.objects.as_ref()?;
+        Some(objects.values().filter_map(|states| states.get(&state)).sum())
     }
 }
 
@@ -256,6 +264,9 @@ pub(crate) fn table(rows: &[AgentRow], table: &mut Table) {
         };
         let age = row.age_seconds.map_or_else(|| "-".to_owned(), |age| duration(age.max(0)));
         let started = row.started_at.map(|time| time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
+        let count = |state| {
+            Cell::from(row.count(state).map_or_else(|| "-".to_owned(), |it| it.to_string()))
+        };
         let signed = row.signing.map_or("", |signing| if signing { "yes" } else { "no" });
         table.row([
             Cell::from(row.id.to_string()),
@@ -267,9 +278,9 @@ pub(crate) fn table(rows: &[AgentRow], table: &mut Table) {
             Cell::from(row.version.as_str()),
             Cell::from(age),
             Cell::from(started.unwrap_or_default()),
-            Cell::from(row.count(State::Active).to_string()),
-            Cell::from(row.count(State::Pending).to_string()),
-            Cell::from(row.count(State::Error).to_string()),
+            count(State::Active),
+            count(State::Pending),
+            count(State::Error),
             Cell::from(signed),
             Cell::from(row.reasons.join("; ")),
         ]);

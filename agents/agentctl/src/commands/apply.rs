@@ -33,6 +33,10 @@ pub(crate) struct Sources {
     /// What ${NAME} in the manifest stands for; may be repeated
     #[arg(long = "set", value_parser = source::parse_set, value_name = "NAME=VALUE")]
     values: Vec<(String, String)>,
+    /// A host that is down and will not come back: what it may hold is not waited for; may be
+    /// repeated
+    #[arg(long, value_name = "HOST")]
+    assume_lost: Vec<String>,
 }
 
 impl Sources {
@@ -111,6 +115,7 @@ pub(crate) async fn run(args: &Apply, session: &mut Session) -> Result<Exit> {
         false => Some(fleet.lock().await?),
     };
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;
+    gathered.held.assume_lost(&args.sources.assume_lost);
     warn_of_silent(&gathered, session);
     let (_completed, plan) = prepare(&fleet, &mut gathered, pieces).await?;
     rehearse(&gathered.members, &plan).await?;
@@ -143,6 +148,7 @@ pub(crate) async fn show_plan(args: &PlanCommand, session: &mut Session) -> Resu
     let pieces = args.sources.read()?;
     let fleet = session.fleet().await?;
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;
+    gathered.held.assume_lost(&args.sources.assume_lost);
     warn_of_silent(&gathered, session);
     let (_completed, plan) = prepare(&fleet, &mut gathered, pieces).await?;
     let mut rows = rows(&plan);

@@ -188,7 +188,7 @@ fn count(found: &[Diagnosis], severity: Severity) -> usize {
 }
 
 fn table(found: &[Diagnosis], all: bool, out: &mut Table) {
-    out.headers(&["TYPE", "CHECK", "RESULT", "FINDING", "REMEDY"]);
+    out.headers(&["TYPE", "CHECK", "RESULT", "FINDING"]);
     for diagnosis in found {
         let shown = |it: &&Finding| all || it.severity > Severity::Pass;
         for finding in diagnosis.findings.iter().filter(shown) {
@@ -203,8 +203,11 @@ fn table(found: &[Diagnosis], all: bool, out: &mut Table) {
                 Cell::from(finding.check.as_str()),
                 Cell::toned(finding.severity.to_string(), tone),
                 Cell::from(finding.finding.as_str()),
-                Cell::from(finding.remedy.as_deref().unwrap_or_default()),
             ]);
+            if let Some(remedy) = &finding.remedy {
+                let blank = || Cell::from("");
+                out.row([blank(), blank(), blank(), Cell::from(format!("-> {remedy}"))]);
+            }
         }
     }
 }

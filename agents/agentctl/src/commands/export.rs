@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use clap::Args;
-use stackhand_model::{Document, Kind};
+use serde::Serialize;
+use stackhand_model::{Document, Kind, Labels, Spec};
+use uuid::Uuid;
 
 use super::Session;
 use crate::console::Output;
@@ -41,7 +43,7 @@ pub(crate) async fn run(args: &Export, session: &mut Session) -> Result<Exit> {
     for silent in &all.silent {
         session.console.note(&format!("agentctl: what it holds is missing: {silent}"));
     }
-    let values: Vec<serde_json::Value> = documents.iter().map(manifest_form).collect();
+    let values: Vec<ManifestForm<'_>> = documents.iter().map(manifest_form).collect();
     if session.console.output() == Output::Json {
         session.console.print_tree(&values)?;
     } else {
@@ -55,13 +57,20 @@ pub(crate) async fn run(args: &Export, session: &mut Session) -> Result<Exit> {
     Ok(if all.silent.is_empty() { Exit::Well } else { Exit::NotWell })
 }
 
-/// The document as a manifest writes it.
-fn manifest_form(document: &Document) -> serde_json::Value {
-    let mut value = document.to_value();
-    if let serde_json::Value::Object(fields) = &mut value {
-        fields.remove("generation");
-    }
-    value
+/// A document as a manifest writes it.
+#[derive(Serialize)]
+struct ManifestForm<'a> {
+    kind: Kind,
+    name: &'a str,
+    id: Uuid,
+    #[serde(skip_serializing_if = "Labels::is_empty")]
+    labels: &'a Labels,
+    spec: &'a Spec,
+}
+
+fn manifest_form(document: &Document) -> ManifestForm<'_> {
+    let Document { id, name, labels, spec, .. } = document;
+    ManifestForm { kind: spec.kind(), name: name.as_str(), id: *id, labels, spec }
 }
 
 #[cfg(test)]

@@ -68,6 +68,17 @@ fn segments(drafts: &mut Drafts, held: &Held, problems: &mut Vec<String>) {
             _ => None,
         });
         let taken = taken.entry(scope(network_type, draft.text("physical_network"))).or_default();
+        if kept.is_none()
+            && let Some(place) = held.out_of_sight(Kind::Network)
+        {
+            let problem = format!(
+                "cannot be chosen while {place} is down, which may hold networks; write the \
+                 number, or give --assume-lost {} if it will not come back",
+                place.host
+            );
+            problems.push(draft.problem("spec.segment", problem));
+            continue;
+        }
         match kept.or_else(|| allocate::lowest_segment(network_type, taken)) {
             Some(segment) => {
                 taken.insert(segment);

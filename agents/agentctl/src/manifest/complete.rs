@@ -51,7 +51,7 @@ pub(crate) fn complete(
                 Ok(document) => {
                     completed.documents.insert(object, document);
                 }
-                Err(problem) => problems.push(problem),
+                Err(problem) => tell(draft, problem, &mut problems),
             }
         }
     }
@@ -63,7 +63,7 @@ pub(crate) fn complete(
                 Ok(document) => {
                     completed.documents.insert(object, document);
                 }
-                Err(problem) => problems.push(problem),
+                Err(problem) => tell(draft, problem, &mut problems),
             }
         }
         if !awaited.is_empty() {
@@ -75,6 +75,18 @@ pub(crate) fn complete(
         problems = check::across(&drafts, &completed.documents, held, cloud);
     }
     if problems.is_empty() { Ok(completed) } else { Err(dedup(problems)) }
+}
+
+/// Adds a problem, unless it is but the consequence of another: a field that could not be chosen
+/// is missing, too.
+fn tell(draft: &Draft, problem: String, problems: &mut Vec<String>) {
+    let about = draft.problem("", "");
+    let about = about.trim_end_matches([':', ' ']);
+    let told = problems.iter().any(|it| it.starts_with(about));
+    let consequence = ["missing field", "is needed"].iter().any(|it| problem.contains(it));
+    if !(told && consequence) {
+        problems.push(problem);
+    }
 }
 
 /// Keeps the first of several equal problems, in order.

@@ -34,6 +34,8 @@ pub(crate) struct Seat {
     pub(crate) enabled: bool,
     /// Why it is not alive or not enabled.
     pub(crate) reason: String,
+    /// How many objects of each kind it holds, where its last word tells.
+    pub(crate) holds: Option<BTreeMap<Kind, u64>>,
 }
 
 /// What all agents hold.
@@ -107,6 +109,25 @@ impl Held {
                 && entry.document.generation == generation)
                 .then(|| connection_of(&status.observed))?
         })
+    }
+
+    /// An agent that does not answer and may hold an object of a kind that nobody else holds.
+    ///
+    /// While there is one, what looks new may only be out of sight, and must not be made a second
+    /// time elsewhere.
+    pub(crate) fn out_of_sight(&self, kind: Kind) -> Option<&Place> {
+        let may_hold = |seat: &Seat| {
+            seat.holds.as_ref().is_none_or(|it| it.get(&kind).is_some_and(|count| *count > 0))
+        };
+        self.seats
+            .iter()
+            .find(|(place, seat)| place.agent == kind.agent() && !seat.alive && may_hold(seat))
+            .map(|(place, _)| place)
+    }
+
+    /// Forgets agents that do not answer on hosts that will not come back.
+    pub(crate) fn assume_lost(&mut self, hosts: &[String]) {
+        self.seats.retain(|place, seat| seat.alive || !hosts.contains(&place.host));
     }
 
     /// Hosts that have an agent of a kind, down ones included.

@@ -28,12 +28,16 @@ pub(crate) fn choose(drafts: &mut Drafts, held: &Held, problems: &mut Vec<String
             let following = followers.get(&object);
             if draft.field("host").is_none() {
                 let kept = held.newest(object).and_then(host_of).map(str::to_owned);
-                let chosen = kept
-                    .or_else(|| following.and_then(|it| it.host_for(kind, held)))
-                    .or_else(|| load.choose(kind, held));
+                let chosen = kept.map_or_else(
+                    || {
+                        let followed = following.and_then(|it| it.host_for(kind, held));
+                        fresh(kind, followed.or_else(|| load.choose(kind, held)), held)
+                    },
+                    Ok,
+                );
                 match chosen {
-                    Some(host) => draft.set("host", host),
-                    None => problems.push(draft.problem("spec.host", nowhere(kind, held))),
+                    Ok(host) => draft.set("host", host),
+                    Err(problem) => problems.push(draft.problem("spec.host", problem)),
                 }
             }
             if let Some(host) = draft.text("host").map(str::to_owned) {
@@ -147,6 +151,20 @@ pub(crate) fn host_of(document: &Document) -> Option<&str> {
         Spec::Volume(volume) => Some(&volume.host),
         Spec::Instance(instance) => Some(&instance.host),
         _ => None,
+    }
+}
+
+/// A host for an object that nobody who answers holds, if that means that it is new.
+fn fresh(kind: Kind, chosen: Option<String>, held: &Held) -> Result<String, String> {
+    let Some(host) = chosen else { return Err(nowhere(kind, held)) };
+    match held.out_of_sight(kind) {
+        // A port has no state of its own, and goes where what it belongs to goes.
+        Some(place) if kind != Kind::Port => Err(format!(
+            "cannot be chosen while {place} is down, which may hold it; write the host, or give \
+             --assume-lost {} if it will not come back",
+            place.host
+        )),
+        _ => Ok(host),
     }
 }
 

@@ -73,7 +73,7 @@ fn cloud(hosts: &[&str]) -> Held {
     let mut held = Held::default();
     for host in hosts {
         for agent in AgentKind::ALL {
-            let seat = Seat { alive: true, enabled: true, reason: String::new() };
+            let seat = Seat { alive: true, enabled: true, reason: String::new(), holds: None };
             held.seats.insert(Place::new(agent, host), seat);
             held.entries.insert(Place::new(agent, host), <_>::default());
         }
@@ -360,7 +360,7 @@ fn instances_spread_over_hosts_and_ports_follow_them() {
 fn a_remote_volume_is_attached_by_the_initiator_of_the_instances_host() {
     let mut held = cloud(&["node1"]);
     held.seats.remove(&Place::new(AgentKind::Compute, "node1"));
-    let seat = Seat { alive: true, enabled: true, reason: String::new() };
+    let seat = Seat { alive: true, enabled: true, reason: String::new(), holds: None };
     held.seats.insert(Place::new(AgentKind::Compute, "node2"), seat);
     held.entries.insert(Place::new(AgentKind::Compute, "node2"), <_>::default());
     let connector = serde_json::from_value(
@@ -445,8 +445,15 @@ fn an_agent_that_is_needed_and_down_is_told_before_anything_is_sent() {
     let mut held = cloud(&["node1", "node2"]);
     let place = Place::new(AgentKind::Network, "node2");
     held.entries.remove(&place);
-    held.seats
-        .insert(place, Seat { alive: false, enabled: true, reason: "no heartbeat for 1m".into() });
+    held.seats.insert(
+        place,
+        Seat {
+            alive: false,
+            enabled: true,
+            reason: "no heartbeat for 1m".into(),
+            holds: Some(<_>::default()),
+        },
+    );
     let text = "kind: Network\nname: net\nspec: {type: vxlan}\n---\nkind: Port\nname: p\nspec: {network: net, host: node2}";
     let problems = plan(&completed(text, &held).unwrap(), &held, false).unwrap_err();
     assert_eq!(
@@ -456,6 +463,29 @@ fn an_agent_that_is_needed_and_down_is_told_before_anything_is_sent() {
     // Others are not kept from theirs.
     let text = text.replace("host: node2", "host: node1");
     assert!(plan(&completed(&text, &held).unwrap(), &held, false).is_ok());
+}
+
+#[test]
+fn what_may_be_out_of_sight_is_not_made_a_second_time() {
+    let mut held = cloud(&["node1", "node2"]);
+    let text = "kind: Volume\nname: v\nspec: {size_gib: 1}\n---\nkind: Network\nname: net\nspec: {type: vxlan}";
+    let mut down = |agent: AgentKind, holds: Option<std::collections::BTreeMap<Kind, u64>>| {
+        let place = Place::new(agent, "node2");
+        held.entries.remove(&place);
+        let seat = Seat { alive: false, enabled: true, reason: "gone".into(), holds };
+        held.seats.insert(place, seat);
+        completed(text, &held).map(|_| ())
+    };
+    // It said that it holds nothing of the kind: no harm.
+    let nothing = Some([(Kind::Snapshot, 3)].into());
+    assert_eq!(down(AgentKind::Storage, nothing), Ok(()));
+    let volume = "m.yaml, document 1: Volume v: spec.host: cannot be chosen while storage-agent on node2 is down, which may hold it; write the host, or give --assume-lost node2 if it will not come back";
+    let some = Some([(Kind::Volume, 1)].into());
+    assert_eq!(down(AgentKind::Storage, some), Err(vec![volume.to_owned()]));
+    let network = "m.yaml, document 2: Network net: spec.segment: cannot be chosen while network-agent on node2 is down, which may hold networks; write the number, or give --assume-lost node2 if it will not come back";
+    assert_eq!(down(AgentKind::Network, None), Err(vec![volume.to_owned(), network.to_owned()]));
+    held.assume_lost(&["node2".to_owned()]);
+    assert!(completed(text, &held).is_ok());
 }
 
 #[test]
