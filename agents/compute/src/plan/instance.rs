@@ -129,6 +129,10 @@ fn make(
         record.power = Some(PowerOverride { generation, state, by_guest: true });
     }
     let want = record.power.map_or(spec.power_state, |power| power.state);
+    if want == PowerState::Shutoff {
+        // What we ask for is not the guest's own doing.
+        record.seen_running = None;
+    }
 
     if before.as_ref() != Some(&record) {
         steps.push(Step::Prepare(Box::new(record.clone())));
