@@ -16,6 +16,7 @@ use stackhand_model::{AgentKind, ErrorCode, ObjectRef};
 use stackhand_runtime::agent::{
     Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
+use stackhand_runtime::metrics::Reading;
 use stackhand_runtime::run::{AgentContext, StartError};
 use tracing::{debug, info, warn};
 
@@ -91,7 +92,9 @@ impl NetworkAgent {
         let grace = Duration::from_secs(context.settings.agent.orphan_grace_seconds);
         let wake = context.wake;
         let ask = move |stuck: &BTreeSet<ObjectRef>| wake.objects_changed(stuck.iter().copied());
-        Ok(Self::new(local, grace, Arc::new(ask))?)
+        let agent = Self::new(local, grace, Arc::new(ask))?;
+        context.metrics.register_readings(agent.readings());
+        Ok(agent)
     }
 
     /// An agent for the network that the calling thread sees. Must be called inside a tokio
@@ -122,6 +125,44 @@ impl NetworkAgent {
             troubles: Mutex::default(),
             abilities: tokio::sync::OnceCell::new(),
         })
+    }
+
+    /// Numbers for `/metrics`.
+    fn readings(&self) -> Vec<Reading> {
+        let writes = self.host.write_count();
+        let dhcp = || Arc::clone(&self.dhcp);
+        let (answered, refused, failed) = (dhcp(), dhcp(), dhcp());
+        let (unknown, malformed) = (dhcp(), dhcp());
+        vec![
+            Reading::counter(
+                "network_kernel_writes",
+                "Changes made to the kernel; none while nothing is asked for",
+                move || writes.get(),
+            ),
+            Reading::counter(
+                "network_dhcp_answers",
+                "DHCP offers and acknowledgements sent",
+                move || answered.answered(),
+            ),
+            Reading::counter("network_dhcp_refusals", "DHCP refusals sent", move || {
+                refused.refused()
+            }),
+            Reading::counter(
+                "network_dhcp_failures",
+                "DHCP answers that could not be sent",
+                move || failed.failed(),
+            ),
+            Reading::counter(
+                "network_dhcp_unknown_clients",
+                "DHCP messages of clients that no port has",
+                move || unknown.ignored(Ignored::UnknownClient),
+            ),
+            Reading::counter(
+                "network_dhcp_malformed",
+                "DHCP messages that made no sense",
+                move || malformed.ignored(Ignored::Malformed),
+            ),
+        ]
     }
 
     /// Orphans whose time is up. Remembers those that are new and asks for a pass when theirs is.
@@ -330,7 +371,7 @@ impl Agent for NetworkAgent {
 /// The user that libvirt runs guests as where nobody changed that.
 const GUESTS: &str = "libvirt-qemu";
 
-fn local(host: &str, settings: &NetworkSettings) -> Result<Local, StartProblem> {
+pub(crate) fn local(host: &str, settings: &NetworkSettings) -> Result<Local, StartProblem> {
     let user = |name: &str| {
         nix::unistd::User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
     };

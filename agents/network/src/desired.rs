@@ -182,6 +182,7 @@ impl Builder<'_> {
     fn want(&mut self, at: At, wanted: Wanted) -> bool {
         if let Some(first) = self.wish.l2.links.get(&at) {
             let reason = format!("link {at} is taken by {}", first.object);
+            self.wish.l2.contested.insert((at, wanted.object));
             self.fail(wanted.object, reason);
             return false;
         }

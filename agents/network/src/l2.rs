@@ -153,6 +153,8 @@ pub struct Wish {
     /// Objects whose documents are held, wanted here or not. A marked link of another object is an
     /// orphan.
     pub known: BTreeSet<ObjectRef>,
+    /// Links that another object wants, too: who has one keeps it.
+    pub contested: BTreeSet<(At, ObjectRef)>,
     /// Links that somebody else brought for ports that are to go: taken out of their bridge.
     pub released: BTreeMap<At, ObjectRef>,
 }

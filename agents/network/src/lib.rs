@@ -2,6 +2,7 @@
 
 pub mod admit;
 pub mod agent;
+pub mod checks;
 pub mod desired;
 pub mod dhcp;
 pub mod l2;

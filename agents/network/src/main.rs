@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use stackhand_network::NetworkAgent;
+use stackhand_network::{NetworkAgent, checks};
 use stackhand_runtime::run::Program;
 
 fn main() -> ExitCode {
-    Program::new(env!("CARGO_PKG_VERSION"), NetworkAgent::start).main()
+    Program::new(env!("CARGO_PKG_VERSION"), NetworkAgent::start).with_checks(checks::checks).main()
 }

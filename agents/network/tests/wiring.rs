@@ -200,7 +200,7 @@ fn a_link_left_half_made_is_finished_and_an_orphan_is_swept_after_its_grace() {
         let bridge = format!("brq{}", short(net));
         // As if killed between making it and marking it.
         run(&format!("ip link add {bridge} group {} type bridge", 0x5348_0001)).await;
-        run(&format!("ip link add taplost type bridge")).await;
+        run("ip link add taplost type bridge").await;
         run(&format!("ip link set taplost alias stackhand:port:{lost}")).await;
         let mut documents = Documents::default();
         documents.put("Network", "net", net, network("local", &json!({})));

@@ -56,6 +56,12 @@ impl NetlinkHost {
         self.writes.get()
     }
 
+    /// The counter behind [`NetlinkHost::writes`].
+    #[must_use]
+    pub fn write_count(&self) -> WriteCount {
+        self.writes.clone()
+    }
+
     /// The number of a link, as last seen.
     #[must_use]
     pub fn known_index(&self, at: &At) -> Option<u32> {

@@ -39,7 +39,7 @@ pub struct Plan {
 pub fn plan(wish: &Wish, seen: &Seen, sweep: &BTreeSet<At>) -> Plan {
     let mut planner = Planner { wish, seen, plan: Plan::default(), remade: BTreeSet::new() };
     let doomed = planner.unwanted(sweep);
-    planner.make_room();
+    planner.make_room(sweep);
     planner.spaces();
     let is_bridge = |wanted: &Wanted| matches!(wanted.make, Make::Bridge);
     for (at, wanted) in wish.links.iter().filter(|(_, wanted)| is_bridge(wanted)) {
@@ -136,14 +136,27 @@ impl Planner<'_> {
         doomed
     }
 
-    /// Deletes links of ours that cannot be changed into what is wanted.
-    fn make_room(&mut self) {
+    /// Deletes links of ours that cannot be changed into what is wanted, or that served another
+    /// object which does not want them any more.
+    fn make_room(&mut self, sweep: &BTreeSet<At>) {
         let mut doomed: BTreeMap<Option<String>, (ObjectRef, Vec<At>)> = BTreeMap::new();
         for (at, wanted) in &self.wish.links {
             let Some(mark) = wanted.set.mark else { continue };
             let Some(link) = self.seen.links.get(at) else { continue };
-            if !Self::is_ours(link, mark) || self.fits(at, wanted, link) {
-                continue;
+            match &link.owner {
+                Owner::Ours(other) if *other != mark => {
+                    let other = other.object();
+                    let known = self.wish.known.contains(&other);
+                    if !known {
+                        self.plan.orphans.insert(at.clone());
+                    }
+                    if self.is_contested(at, other) || !(known || sweep.contains(at)) {
+                        continue;
+                    }
+                }
+                Owner::Foreign(_) => continue,
+                _ if self.fits(at, wanted, link) => continue,
+                _ => {}
             }
             doomed
                 .entry(at.space.clone())
@@ -158,6 +171,11 @@ impl Planner<'_> {
         for (_, (object, links)) in doomed {
             self.step(Some(object), Change::Delete { links });
         }
+    }
+
+    /// Whether another object wants the link, too, and so keeps it.
+    fn is_contested(&self, at: &At, other: ObjectRef) -> bool {
+        self.wish.contested.contains(&(at.clone(), other))
     }
 
     /// Whether the link can become what is wanted by changing settings.
@@ -226,9 +244,14 @@ impl Planner<'_> {
             && !Self::is_ours(link, mark)
         {
             let text = match &link.owner {
+                Owner::Ours(other) if self.is_contested(at, other.object()) => format!(
+                    "link {at} belongs to {}, which wants it, too; give one of the two another id \
+                     or segment",
+                    other.object()
+                ),
                 Owner::Ours(other) => format!(
-                    "link {at} belongs to {}, whose id begins with the same eleven characters; \
-                     give one of the two another id",
+                    "link {at} served {}, of which no document speaks; it is freed after \
+                     network.orphan_grace_seconds",
                     other.object()
                 ),
                 Owner::Foreign(alias) => foreign(&format!("link {at}"), alias.as_deref()),

@@ -173,7 +173,7 @@ proptest! {
         let kept: Vec<&At> = after
             .iter()
             .filter(|(at, wanted)| {
-                before.get(*at).is_some_and(|was| was.make == wanted.make)
+                before.get(*at).is_some_and(|was| was.make == wanted.make && was.object == wanted.object)
                     && seen.links.contains_key(*at)
             })
             .map(|(at, _)| at)
@@ -241,7 +241,7 @@ async fn a_broken_step_does_not_stop_the_others() {
     assert_eq!((failed, fake.writes()), (1, 2));
     fake.set_broken(Vec::new());
     let left = plan(&wish, &fake.observe().await.unwrap(), &BTreeSet::new()).steps;
-    assert_eq!(left, [stuck.clone()]);
+    assert_eq!(left, std::slice::from_ref(stuck));
 }
 
 #[test]
@@ -257,12 +257,13 @@ fn a_name_that_two_ids_share_is_an_error_on_the_second() {
     wish.links.insert(At::host("tap00000000-00"), wanted);
     let other = PortId(Uuid::from_u128(2));
     wish.known.insert(other.object());
+    wish.contested.insert((At::host("tap00000000-00"), other.object()));
     let mut seen = Seen::default();
     let link = bare(SeenKind::Tap(Tap::default()), Owner::Ours(Mark::Port(other)));
     seen.links.insert(At::host("tap00000000-00"), link);
     let plan = plan(&wish, &seen, &BTreeSet::new());
     assert_eq!(plan.steps, []);
-    assert!(plan.problems[&object].contains("begins with the same eleven characters"));
+    assert!(plan.problems[&object].contains("which wants it, too"));
 }
 
 #[test]

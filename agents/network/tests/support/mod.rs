@@ -75,7 +75,14 @@ pub(crate) async fn link(name: &str) -> Option<Value> {
 pub(crate) struct Documents(BTreeMap<ObjectRef, Held>);
 
 impl Documents {
-    pub(crate) fn put(&mut self, kind: &str, name: &str, id: Uuid, spec: Value) -> ObjectRef {
+    pub(crate) fn put(
+        &mut self,
+        kind: &str,
+        name: &str,
+        id: Uuid,
+        spec: impl Into<Value>,
+    ) -> ObjectRef {
+        let spec = spec.into();
         let value = json!({"kind": kind, "id": id, "name": name, "generation": 1, "spec": spec});
         let document = Document::from_value(&value).unwrap();
         let object = document.object();
@@ -244,10 +251,10 @@ impl Guest {
     pub(crate) async fn dhclient(&self) -> Told {
         let file = |name: &str| self.folder.path().join(name).display().to_string();
         let body = format!(
-            "#!/bin/sh\nprintf '%s\\n' \"$reason\" >> {reasons}\n\
-             case $reason in BOUND|REBOOT|RENEW) env > {told}.new; mv {told}.new {told};; \
+            "#!/bin/sh\ncase $reason in BOUND|REBOOT|RENEW) env > {told}.new; mv {told}.new {told};; \
              PREINIT) ip link set eth0 up;; esac\n\
-             case $reason in BOUND|REBOOT) ip address replace $new_ip_address/24 dev eth0;; esac\n",
+             case $reason in BOUND|REBOOT) ip address replace $new_ip_address/24 dev eth0;; esac\n\
+             printf '%s\\n' \"$reason\" >> {reasons}\n",
             reasons = file("reasons"),
             told = file("isc-told"),
         );
