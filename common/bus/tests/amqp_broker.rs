@@ -4,6 +4,7 @@
 //! of its own. The first to fail is named by its panic.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "figures for whoever asks for them")]
 
 mod support;
 
