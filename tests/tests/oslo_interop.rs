@@ -364,12 +364,20 @@ mod broker {
                 .unwrap_or_else(|_| panic!("{command}: Python said {line:?}"))
         }
 
+        #[expect(
+            clippy::needless_pass_by_value,
+            reason = "commands are written where they are told"
+        )]
         fn ok(&mut self, command: Value) -> Value {
             let mut answer = self.tell(&command);
             assert!(answer.get("ok").is_some(), "{command}: {answer}");
             answer["ok"].take()
         }
 
+        #[expect(
+            clippy::needless_pass_by_value,
+            reason = "commands are written where they are told"
+        )]
         fn error(&mut self, command: Value) -> Value {
             let answer = self.tell(&command);
             assert!(answer.get("error").is_some(), "{command}: {answer}");
