@@ -18,7 +18,7 @@ use crate::manifest::held::Place;
 use crate::roster::duration;
 
 /// How long one question to an agent waits; progress is told at least this often.
-const ROUND: Duration = Duration::from_millis(700);
+const ROUND: Duration = Duration::from_secs(1);
 
 /// Most lines that are drawn on a terminal.
 const MOST_LINES: usize = 30;

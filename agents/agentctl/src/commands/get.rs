@@ -7,6 +7,7 @@ use clap::Args;
 use stackhand_model::{Kind, State};
 
 use super::Session;
+use crate::console::Output;
 use crate::exit::Exit;
 use crate::fleet::{Filter, Member};
 use crate::objects::{self, Gathered, ObjectRow};
@@ -48,8 +49,9 @@ pub(crate) struct Describe {
 
 pub(crate) async fn run(args: &Get, session: &mut Session) -> Result<Exit> {
     let fleet = session.fleet().await?;
-    // The names of what objects refer to are worth a look at the other kinds.
-    let all = objects::gather(&fleet, &args.filter, |member| interest(args.kind, member)).await?;
+    // Wide output shows names of objects that other agents hold, such as an instance's ports.
+    let asked = args.kind.filter(|_| session.console.output() != Output::Wide);
+    let all = objects::gather(&fleet, &args.filter, |member| interest(asked, member)).await?;
     fleet.close().await;
     let rows = objects::rows(&all.held);
     let names = objects::names(&rows);

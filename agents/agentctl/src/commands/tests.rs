@@ -201,6 +201,8 @@ async fn get_lists_objects_by_kind_and_describe_shows_one() {
     );
     let cells: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
     assert_eq!((cells[0], cells[2], cells[4], cells[6]), ("web", "int1", "192.168.0.2", "active"));
+    let wide = cloud.run(&["get", "instances", "-o", "wide"]).await;
+    assert!(wide.out.contains("tiny   web    data"), "{}", wide.out);
     let all = cloud.run(&["get"]).await;
     assert_eq!(all.out.lines().count(), 7, "{}", all.out);
     let one = cloud.run(&["describe", "instance", "demo", "-o", "json"]).await;
