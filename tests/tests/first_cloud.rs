@@ -1,0 +1,330 @@
+//! The first cloud, as `make demo` shows it: agentctl, three agents, libvirt, a guest.
+//!
+//! It runs on a host inside this host (`scripts/private-host`), with a network and a libvirt of
+//! its own, so that bridges, network namespaces and guests are nobody else's.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use assert_cmd::Command;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use stackhand_model::AgentKind;
+use stackhand_testkit::{Spawned, bin, wait_for_sync};
+
+/// What a command may take, on a machine that is busy with other tests.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The top of the tree.
+fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Runs a program to its end and returns what it printed.
+fn run<'a>(program: &Path, arguments: impl IntoIterator<Item = &'a str>) -> String {
+    let mut command = Command::new(program);
+    let output = command.args(arguments).timeout(LIMIT).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// One host, its agents, and agentctl on it.
+struct Cloud {
+    // Ended in this order: agents would start again what ends before them.
+    agents: BTreeMap<AgentKind, Spawned>,
+    host: Host,
+    name: String,
+    folder: tempfile::TempDir,
+    guest: String,
+}
+
+/// A host inside this host, removed with everything that runs on it.
+struct Host(PathBuf);
+
+impl Host {
+    fn new(folder: PathBuf) -> Self {
+        let host = Self(folder);
+        run(&Self::script(), ["up", host.path()]);
+        host
+    }
+
+    fn script() -> PathBuf {
+        top().join("scripts/private-host")
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+
+    /// Runs a program on it.
+    fn run<const N: usize>(&self, command: [&str; N]) -> String {
+        run(&Self::script(), ["exec", self.path()].into_iter().chain(command))
+    }
+
+    /// Starts a program on it. The process is the program's own: the script becomes it.
+    fn start<const N: usize>(&self, command: [&str; N]) -> Spawned {
+        Spawned::start(Self::script(), ["exec", self.path()].into_iter().chain(command))
+    }
+}
+
+impl Drop for Host {
+    #[expect(clippy::print_stderr, reason = "a host that stays is told")]
+    fn drop(&mut self) {
+        let down = Command::new(Self::script()).args(["down", self.path()]).timeout(LIMIT).ok();
+        if let Err(problem) = down {
+            eprintln!("{problem}");
+        }
+    }
+}
+
+impl Cloud {
+    /// The host, libvirt and the guest's image; no agent yet.
+    fn new() -> Self {
+        let guest = run(&top().join("scripts/guest-image"), []).trim().to_owned();
+        // Short, because a socket's path has at most 107 bytes. Guests run as another user and
+        // must get through.
+        let folder = tempfile::Builder::new().prefix("shf-").tempdir().unwrap();
+        open(folder.path());
+        // Ids follow from it: none is that of another test.
+        let name = format!("first-cloud-{}", std::process::id());
+        let at = |path: &str| folder.path().join(path);
+        for path in ["etc", "run", "state"] {
+            fs::create_dir(at(path)).unwrap();
+        }
+        let settings = format!(
+            "host = \"node1\"\ncloud = \"{name}\"\nrun_dir = {:?}\n[reconcile]\nresync_seconds = 1\n",
+            at("run")
+        );
+        fs::write(at("etc/stackhand.toml"), settings).unwrap();
+        for agent in AgentKind::ALL {
+            let state = at("state").join(agent.as_str());
+            fs::create_dir(&state).unwrap();
+            open(&state);
+            let mut own = format!(
+                "state_dir = {state:?}\n[http]\nlisten = \"unix:{}\"\n",
+                at(&format!("{agent}.http")).display()
+            );
+            if agent == AgentKind::Compute {
+                own += "[compute]\nvirt_type = \"qemu\"\ndisk_cache = \"writeback\"\n";
+            }
+            fs::write(at("etc").join(format!("{agent}.toml")), own).unwrap();
+        }
+        let host = Host::new(at("host"));
+        Self { agents: BTreeMap::new(), host, name, folder, guest }
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.folder.path().join(path)
+    }
+
+    fn start(&mut self, agent: AgentKind) {
+        let program = bin(agent.binary());
+        let etc = self.at("etc");
+        let command = [program.to_str().unwrap(), "--config-dir", etc.to_str().unwrap()];
+        self.agents.insert(agent, self.host.start(command));
+    }
+
+    fn start_all(&mut self) {
+        for agent in AgentKind::ALL {
+            self.start(agent);
+        }
+        for agent in AgentKind::ALL {
+            self.wait_for_passes(agent, 1);
+        }
+    }
+
+    fn kill(&mut self, agent: AgentKind) {
+        self.agents.get_mut(&agent).unwrap().kill();
+    }
+
+    /// Runs agentctl on this host, and returns what it printed.
+    fn agentctl(&self, arguments: &[&str]) -> String {
+        let run_dir = self.at("run");
+        let common = ["--local", "--run-dir", run_dir.to_str().unwrap(), "--cloud", &self.name];
+        run(&bin("agentctl"), common.into_iter().chain(arguments.iter().copied()))
+    }
+
+    /// Runs an agentctl command that takes the manifest.
+    fn with_manifest(&self, arguments: &[&str]) -> String {
+        let manifest = top().join("examples/first-cloud.yaml");
+        let guest = format!("GUEST={}", self.guest);
+        let given = ["-f", manifest.to_str().unwrap(), "--set", &guest];
+        self.agentctl(&[arguments, &given].concat())
+    }
+
+    /// What the agents hold: kind, name, state.
+    fn held(&self) -> Vec<(String, String, String)> {
+        let rows: Vec<Value> =
+            serde_json::from_str(&self.agentctl(&["get", "-o", "json"])).unwrap();
+        let text = |row: &Value, key: &str| row[key].as_str().unwrap().to_owned();
+        rows.iter().map(|row| (text(row, "kind"), text(row, "name"), text(row, "state"))).collect()
+    }
+
+    /// One document as the agents hold it.
+    fn get(&self, kind: &str, name: &str) -> Value {
+        let rows = self.agentctl(&["get", kind, name, "-o", "json"]);
+        serde_json::from_str::<Vec<Value>>(&rows).unwrap().remove(0)
+    }
+
+    /// A counter of an agent, from what it serves to Prometheus; nothing while it does not.
+    fn counter(&self, agent: AgentKind, name: &str) -> Option<u64> {
+        let mut stream = UnixStream::connect(self.at(&format!("{agent}.http"))).ok()?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: agent\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}_total ")));
+        Some(line.unwrap_or_else(|| panic!("no {name} in:\n{text}")).parse().unwrap())
+    }
+
+    /// Waits until an agent's process has made that many passes more than it has now.
+    fn wait_for_passes(&self, agent: AgentKind, more: u64) {
+        let count = || self.counter(agent, "stackhand_reconcile_passes");
+        let before = count().unwrap_or(0);
+        wait_for_sync(LIMIT, &format!("{more} passes of the {agent} agent"), || {
+            count().filter(|now| *now >= before + more)
+        });
+    }
+
+    fn writes(&self, agent: AgentKind) -> u64 {
+        self.counter(agent, "stackhand_reconcile_writes").unwrap()
+    }
+
+    /// What a guest has told on its console.
+    fn console(&self, instance: &str) -> String {
+        let log = self.at("state/compute/instances").join(instance).join("console.log");
+        String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned()
+    }
+
+    /// What is in a folder below the agents' state; nothing if it is not there.
+    fn files(&self, path: &str) -> Vec<PathBuf> {
+        let folder = self.at("state").join(path);
+        fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+impl Drop for Cloud {
+    #[expect(clippy::print_stderr, reason = "what guests said explains a failure")]
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for path in self.files("compute/instances") {
+                let instance = path.file_name().unwrap_or_default().to_string_lossy();
+                eprintln!("console of {instance}:\n{}", self.console(&instance));
+            }
+        }
+    }
+}
+
+/// Lets everybody through a folder.
+fn open(folder: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o711)).unwrap();
+}
+
+/// Named `guest` because that is how the test tiers know it, see `.config/nextest.toml`.
+mod guest {
+    use super::*;
+
+    #[test]
+    fn a_guest_has_its_network_and_volume_outlives_its_agents_and_leaves_nothing_behind() {
+        let mut cloud = Cloud::new();
+        cloud.start_all();
+        let applied = cloud.with_manifest(&["apply", "--wait=60"]);
+        assert!(applied.contains("create"), "{applied}");
+        let held = cloud.held();
+        assert_eq!(held.len(), 8, "{held:?}");
+        assert!(held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
+
+        // It has its address from our DHCP server, sees its volume, and answers.
+        let network = cloud.get("network", "int1")["id"].as_str().unwrap().to_owned();
+        let instance = cloud.get("instance", "demo")["id"].as_str().unwrap().to_owned();
+        let port = cloud.get("port", "demo-port");
+        let address = port["document"]["spec"]["fixed_ips"][0]["address"].as_str().unwrap();
+        for told in [
+            format!("guest: eth0 has address {address}/24"),
+            "guest: /dev/vdb has 1073741824 bytes".to_owned(),
+            "guest: the router is 192.168.0.254".to_owned(),
+        ] {
+            wait_for_sync(LIMIT, &format!("{told:?} on the console"), || {
+                cloud.console(&instance).contains(&told).then_some(())
+            });
+        }
+        let space = format!("qdhcp-{network}");
+        cloud.host.run(["ip", "netns", "exec", &space, "ping", "-n", "-c", "2", address]);
+        let leases = cloud.agentctl(&["facts", "--type", "network", "-o", "json"]);
+        let leases: Value = serde_json::from_str(&leases).unwrap();
+        assert!(leases[0]["facts"]["dhcp"]["answered"].as_u64().unwrap() >= 2, "{leases}");
+
+        // Applied again, it changes nothing.
+        let writes = AgentKind::ALL.map(|agent| cloud.writes(agent));
+        let again = cloud.with_manifest(&["apply", "--wait=60"]);
+        assert!(!again.contains("create") && !again.contains("update"), "{again}");
+        for agent in AgentKind::ALL {
+            cloud.wait_for_passes(agent, 2);
+        }
+        assert_eq!(AgentKind::ALL.map(|agent| cloud.writes(agent)), writes);
+
+        // Agents are killed one by one and all at once; the guest does not notice, and neither
+        // does the kernel when they come back.
+        let running = cloud.host.run(["virsh", "domid", &format!("instance-{}", &instance[..8])]);
+        let said = cloud.console(&instance);
+        let ping = ["ip", "netns", "exec", &space, "ping", "-n", "-i", "0.1", "-W", "5", address];
+        let mut ping = cloud.host.start(ping);
+        ping.wait_for_output(LIMIT, "icmp_seq=1 ");
+        for agent in AgentKind::ALL {
+            cloud.kill(agent);
+            cloud.start(agent);
+            cloud.wait_for_passes(agent, 2);
+            assert_eq!(cloud.writes(agent), 0, "the {agent} agent after its restart");
+        }
+        for agent in AgentKind::ALL {
+            cloud.kill(agent);
+        }
+        let answered = ping.output().lines().count();
+        wait_for_sync(LIMIT, "ten more answers while no agent runs", || {
+            (ping.output().lines().count() >= answered + 10).then_some(())
+        });
+        cloud.start_all();
+        for agent in AgentKind::ALL {
+            cloud.wait_for_passes(agent, 1);
+            assert_eq!(cloud.writes(agent), 0, "the {agent} agent after all were gone");
+        }
+        ping.signal(Signal::SIGINT);
+        let loss = ping.wait_for_output(LIMIT, "packet loss");
+        assert!(loss.contains(" 0% packet loss"), "{loss}");
+        ping.wait(LIMIT);
+        assert_eq!(
+            cloud.host.run(["virsh", "domid", &format!("instance-{}", &instance[..8])]),
+            running,
+            "the domain was started anew"
+        );
+        assert_eq!(cloud.console(&instance), said, "the guest noticed");
+        let held = cloud.held();
+        assert!(held.len() == 8 && held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
+
+        // All of it goes.
+        cloud.with_manifest(&["delete", "--wait"]);
+        assert_eq!(cloud.held(), []);
+        assert_eq!(cloud.host.run(["virsh", "list", "--all", "--name"]).trim(), "");
+        let links = cloud.host.run(["ip", "-oneline", "link", "show"]);
+        assert!(links.lines().count() == 1 && links.contains(" lo: "), "{links}");
+        assert_eq!(cloud.host.run(["ip", "netns", "list"]), "");
+        assert_eq!(cloud.files("compute/instances"), [] as [PathBuf; 0]);
+        let volumes = cloud.files("storage/volumes");
+        assert!(volumes.iter().all(|path| path.ends_with(".stackhand")), "{volumes:?}");
+        // Contents that nobody uses any more go with the next pass.
+        wait_for_sync(LIMIT, "the image cache to be empty", || {
+            cloud.files("compute/images").is_empty().then_some(())
+        });
+        for (agent, process) in &mut cloud.agents {
+            let status = process.terminate(LIMIT);
+            assert!(status.success(), "{agent}: {status}\n{}", process.output());
+        }
+    }
+}
