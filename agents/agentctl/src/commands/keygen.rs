@@ -28,7 +28,7 @@ pub(crate) struct Keygen {
     /// Where to write the private half [default: ~/.config/agentctl/key.pem]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Whose key it is, for people [default: agentctl@HOST]
+    /// Whose key it is, for people; by default agentctl and the name of this host
     #[arg(long, value_name = "TEXT")]
     comment: Option<String>,
 }
