@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 use stackhand_kernel::{Chain, KernelError};
 use stackhand_model::{AgentKind, ErrorCode, ObjectRef};
 use stackhand_runtime::agent::{
-    Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
+    Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
+use stackhand_runtime::events::{EventLog, NewEvent};
 use stackhand_runtime::metrics::Reading;
 use stackhand_runtime::run::{AgentContext, StartError};
 use tracing::{debug, info, warn};
@@ -24,10 +25,13 @@ use crate::desired::{FIREWALL, HostWish, Local, host_wish};
 use crate::dhcp::Ignored;
 use crate::dhcp::server::{self, Servers};
 use crate::l2::netlink::NetlinkHost;
-use crate::l2::{At, HostNet, Plan, Seen, Step, plan};
+use crate::l2::{At, Change, HostNet, Plan, Seen, Step, plan};
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
+
+/// Changes that one pass tells one by one.
+const MOST_TOLD: usize = 50;
 
 /// How often a pass plans anew when its own changes made more to do.
 const ROUNDS: usize = 3;
@@ -42,6 +46,7 @@ pub struct NetworkAgent {
     host: NetlinkHost,
     watcher: Watcher,
     wake: Wake,
+    events: EventLog,
     servers: tokio::sync::Mutex<Servers>,
     dhcp: Arc<server::Counters>,
     /// When each orphan was seen first.
@@ -92,7 +97,7 @@ impl NetworkAgent {
         let grace = Duration::from_secs(context.settings.agent.orphan_grace_seconds);
         let wake = context.wake;
         let ask = move |stuck: &BTreeSet<ObjectRef>| wake.objects_changed(stuck.iter().copied());
-        let agent = Self::new(local, grace, Arc::new(ask))?;
+        let agent = Self::new(local, grace, Arc::new(ask), context.events)?;
         context.metrics.register_readings(agent.readings());
         Ok(agent)
     }
@@ -103,7 +108,12 @@ impl NetworkAgent {
     /// # Errors
     ///
     /// Fails if netlink is out of reach.
-    pub fn new(local: Local, grace: Duration, wake: Wake) -> Result<Self, StartProblem> {
+    pub fn new(
+        local: Local,
+        grace: Duration,
+        wake: Wake,
+        events: EventLog,
+    ) -> Result<Self, StartProblem> {
         let stuck: Arc<Mutex<BTreeSet<ObjectRef>>> = Arc::default();
         let (ask, helped) = (Arc::clone(&wake), Arc::clone(&stuck));
         let heard = move || {
@@ -118,6 +128,7 @@ impl NetworkAgent {
             host: NetlinkHost::new(),
             watcher,
             wake,
+            events,
             dhcp: servers.counters(),
             servers: tokio::sync::Mutex::new(servers),
             orphans: Mutex::default(),
@@ -189,16 +200,21 @@ impl NetworkAgent {
         &self,
         steps: &[Step],
         due: &BTreeSet<ObjectRef>,
+        cause: Cause,
     ) -> (u64, BTreeMap<ObjectRef, String>) {
         let mut failed: BTreeMap<ObjectRef, String> = BTreeMap::new();
         let mut tried = 0;
+        let mut done = Vec::new();
         for Step { object, change } in steps {
             if object.is_some_and(|object| !due.contains(&object)) {
                 continue;
             }
             tried += 1;
             match self.host.apply(change).await {
-                Ok(()) => debug!(object = object.map(tracing::field::display), %change, "done"),
+                Ok(()) => {
+                    debug!(object = object.map(tracing::field::display), %change, "done");
+                    done.push((*object, change));
+                }
                 Err(error) => {
                     let reason = format!("cannot {change}: {}", Chain(&error));
                     warn!(object = object.map(tracing::field::display), "{reason}");
@@ -208,7 +224,31 @@ impl NetworkAgent {
                 }
             }
         }
+        self.tell(&done, cause);
         (tried, failed)
+    }
+
+    /// Tells what was done that no document asked for just now: repairs and sweeping.
+    fn tell(&self, done: &[(Option<ObjectRef>, &Change)], cause: Cause) {
+        let repairs = matches!(cause, Cause::Host | Cause::Timer);
+        let told: Vec<_> = done.iter().filter(|(object, _)| repairs || object.is_none()).collect();
+        for (object, change) in told.iter().take(MOST_TOLD) {
+            let kind = if object.is_some() { "DriftRepaired" } else { "OrphanSwept" };
+            info!(object = object.map(tracing::field::display), %change, kind);
+            self.events.add(NewEvent {
+                object: object.map(|object| object.to_string()),
+                kind: kind.to_owned(),
+                message: change.to_string(),
+                request_id: None,
+            });
+        }
+        if told.len() > MOST_TOLD {
+            self.events.add(NewEvent {
+                kind: "DriftRepaired".to_owned(),
+                message: format!("and {} changes more", told.len() - MOST_TOLD),
+                ..NewEvent::default()
+            });
+        }
     }
 
     /// Lets go of namespaces that are to be deleted: a socket in one would keep it.
@@ -294,7 +334,7 @@ impl Agent for NetworkAgent {
         for _ in 0..ROUNDS {
             self.let_go(&wish).await;
             let tried;
-            (tried, failed) = self.perform(&left.steps, &work.due).await;
+            (tried, failed) = self.perform(&left.steps, &work.due, work.cause).await;
             if tried == 0 {
                 break;
             }

@@ -7,6 +7,8 @@ mod support;
 use std::time::Duration;
 
 use serde_json::json;
+use stackhand_kernel::netlink::{Links, WriteCount};
+use stackhand_kernel::{Netns, packet};
 use stackhand_runtime::agent::Agent;
 use support::{Documents, Guest, agent, agent_of, local, mac, network, on_a_host, port, run};
 use uuid::Uuid;
@@ -153,6 +155,72 @@ fn every_host_serves_its_own_guests_and_no_other_hosts() {
         assert!(guest.reaches("10.7.0.200").await);
         documents.rest(&agent).await;
     });
+}
+
+#[test]
+fn a_storm_on_one_network_does_not_slow_down_another() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (loud, quiet) = (Uuid::new_v4(), Uuid::new_v4());
+        let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
+        let storm = Guest::start("storm", a, &mac(10)).await;
+        let guest = Guest::start("guest", b, &mac(11)).await;
+        let mut documents = Documents::default();
+        documents.put("Network", "loud", loud, network("local", &json!({})));
+        documents.put("Network", "quiet", quiet, network("local", &json!({})));
+        documents.put("Port", "a", a, port(loud, "one", 10, &json!({"owner": "external"})));
+        documents.put("Port", "b", b, port(quiet, "one", 11, &json!({"owner": "external"})));
+        documents.settle(&agent).await;
+
+        let space = Netns::named(storm.name()).unwrap();
+        let index = Links::open_in(&space, WriteCount::default()).await.unwrap();
+        let index = index.index("eth0").await.unwrap();
+        let flood = space.inside("send", move || {
+            let socket = packet::frames(index, packet::Receive::Nothing)?;
+            let frame = discover();
+            let (start, mut sent) = (std::time::Instant::now(), 0_u64);
+            while start.elapsed() < Duration::from_secs(3) {
+                for _ in 0..100 {
+                    sent += u64::from(socket.send(&frame).is_ok());
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(sent)
+        });
+        let lease = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let start = std::time::Instant::now();
+            guest.udhcpc("").await.unwrap();
+            start.elapsed()
+        };
+        let (sent, took) = tokio::join!(flood, lease);
+        let sent = sent.unwrap();
+        println!("{sent} messages sent in 3 s; the other network's lease took {took:?}");
+        assert!(sent > 5000, "no storm: {sent}");
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        let facts = agent.facts().await;
+        let read = facts["dhcp"]["ignored"]["unknown_client"].as_u64().unwrap();
+        assert!((500..6000).contains(&read), "read {read} of {sent}");
+    });
+}
+
+/// A broadcast of a client that no port has.
+fn discover() -> Vec<u8> {
+    let mut dhcp = vec![0; 300];
+    dhcp[..4].copy_from_slice(&[1, 1, 6, 0]);
+    dhcp[28..34].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+    dhcp[236..244].copy_from_slice(&[99, 130, 83, 99, 53, 1, 1, 255]);
+    let mut ip = vec![0x45, 0, 1, 72, 0, 0, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255];
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 9, 8, 0]);
+    frame.extend(ip);
+    // UDP without a checksum, which IPv4 allows.
+    frame.extend([0, 68, 0, 67, 1, 52, 0, 0]);
+    frame.extend(dhcp);
+    frame
 }
 
 /// The sockets of a network's DHCP server, with their numbers.

@@ -17,6 +17,7 @@ use stackhand_model::{Document, ObjectRef};
 use stackhand_network::NetworkAgent;
 use stackhand_network::desired::Local;
 use stackhand_runtime::agent::{Agent, Cause, Desired, Held, Outcome, PassReport, Work};
+use stackhand_runtime::events::EventLog;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -104,13 +105,17 @@ impl Documents {
 
     /// One pass in which everything is due.
     pub(crate) async fn pass(&self, agent: &NetworkAgent) -> PassReport {
+        self.pass_because(agent, Cause::Change).await
+    }
+
+    pub(crate) async fn pass_because(&self, agent: &NetworkAgent, cause: Cause) -> PassReport {
         let due = self.0.keys().copied().collect();
-        agent.pass(Work { desired: self.desired(), due, cause: Cause::Change }).await
+        agent.pass(Work { desired: self.desired(), due, cause }).await
     }
 
     /// One pass after which everything is active.
     pub(crate) async fn settle(&self, agent: &NetworkAgent) -> PassReport {
-        let report = self.pass(agent).await;
+        let report = self.pass_because(agent, Cause::Host).await;
         for (object, outcome) in &report.outcomes {
             assert!(matches!(outcome, Outcome::Active { .. }), "{object}: {outcome:?}");
         }
@@ -148,7 +153,8 @@ pub(crate) fn agent_of(local: Local, grace: Duration) -> (NetworkAgent, Arc<Noti
     let heard = Arc::new(Notify::new());
     let told = Arc::clone(&heard);
     let wake = Arc::new(move |_: &_| told.notify_one());
-    (NetworkAgent::new(local, grace, wake).unwrap(), heard)
+    let events = EventLog::new(&local.host, "network");
+    (NetworkAgent::new(local, grace, wake, events).unwrap(), heard)
 }
 
 /// A network of one subnet with DHCP.
@@ -204,6 +210,10 @@ pub(crate) struct Guest {
 pub(crate) type Told = BTreeMap<String, String>;
 
 impl Guest {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     pub(crate) async fn start(name: &str, port: Uuid, mac: &str) -> Self {
         let tap = format!("tap{}", short(port));
         run(&format!("ip netns add {name}")).await;
