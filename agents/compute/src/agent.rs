@@ -1,6 +1,7 @@
 //! The compute agent as the runtime sees it: look, plan, act, report.
 
 mod actions;
+mod probe;
 #[cfg(test)]
 mod tests;
 
@@ -10,7 +11,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stackhand_model::{AgentKind, ImageId, InstanceId, ObjectRef};
 use stackhand_runtime::agent::{
@@ -23,10 +23,11 @@ use crate::config::{ComputeSection, VirtType};
 use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
 use crate::fetches::Fetches;
-use crate::hypervisor::{DomainChange, Hypervisor, HypervisorError, OffReason, Power};
+use crate::hypervisor::{DomainChange, Hypervisor, OffReason, Power};
 use crate::image::ImageCache;
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
+use probe::{Probe, Probed};
 
 /// Instances that are worked on at once.
 const AT_ONCE: usize = 6;
@@ -39,14 +40,14 @@ const TAP_EVERY: Duration = Duration::from_millis(100);
 pub struct ComputeAgent<H> {
     host: String,
     section: ComputeSection,
-    hypervisor: H,
+    hypervisor: Arc<H>,
     cache: ImageCache,
     images: PathBuf,
     store: Store,
     instances: PathBuf,
     fetches: Fetches,
     wake: Wake,
-    memory: Mutex<Memory>,
+    memory: Arc<Mutex<Memory>>,
     /// One lock per instance: an action and a pass do not work on it at once.
     locks: Mutex<BTreeMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
     /// Taps that are looked for.
@@ -58,20 +59,13 @@ pub struct ComputeAgent<H> {
 struct Memory {
     /// Who executes guests' instructions, and why.
     engine: Option<(Engine, String)>,
+    /// A probe is under way.
+    probing: bool,
     /// Guests that were asked to shut down, and when.
     stopping: BTreeMap<InstanceId, Instant>,
     /// Instances whose crash was told.
     crashed: BTreeSet<InstanceId>,
     troubles: Vec<String>,
-}
-
-/// What a probe of KVM found.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Probed {
-    /// The boot of the host in which it was made.
-    boot_id: String,
-    engine: Engine,
-    why: String,
 }
 
 impl<H: Hypervisor> ComputeAgent<H> {
@@ -89,14 +83,14 @@ impl<H: Hypervisor> ComputeAgent<H> {
         Self {
             host: host.to_owned(),
             section: section.clone(),
-            hypervisor,
+            hypervisor: Arc::new(hypervisor),
             fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
             cache,
             images,
             store: Store::new(&instances, &section.qemu_img),
             instances,
             wake,
-            memory: Mutex::default(),
+            memory: Arc::default(),
             locks: Mutex::default(),
             awaited: Arc::default(),
         }
@@ -111,54 +105,39 @@ impl<H: Hypervisor> ComputeAgent<H> {
         Arc::clone(locks.entry(id).or_default())
     }
 
-    /// Who executes guests' instructions; tries it once if the settings leave it open.
-    async fn engine(&self) -> Result<Engine, String> {
-        if let Some((engine, _)) = &self.memory().engine {
+    /// Who executes guests' instructions, or why that is not known yet. Where the settings leave it
+    /// open a probe is started, which takes seconds where KVM hangs; nobody waits for it.
+    fn engine(&self) -> Result<Engine, String> {
+        let mut memory = self.memory();
+        if let Some((engine, _)) = &memory.engine {
             return Ok(*engine);
         }
-        let (engine, why) = match self.section.virt_type {
-            VirtType::Kvm => (Engine::Kvm, "compute.virt_type says so".to_owned()),
-            VirtType::Qemu => (Engine::Qemu, "compute.virt_type says so".to_owned()),
+        let engine = match self.section.virt_type {
+            VirtType::Kvm => Engine::Kvm,
+            VirtType::Qemu => Engine::Qemu,
             VirtType::Auto => {
-                let probed = self.probed().await?;
-                (probed.engine, probed.why)
+                if !std::mem::replace(&mut memory.probing, true) {
+                    let probe = Probe {
+                        hypervisor: Arc::clone(&self.hypervisor),
+                        folder: self.instances.clone(),
+                        note: self.instances.with_file_name("virt-type.json"),
+                    };
+                    let (memory, wake) = (Arc::clone(&self.memory), self.wake.clone());
+                    tokio::spawn(async move {
+                        let found = probe.run().await;
+                        let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                        memory.probing = false;
+                        if let Some(Probed { engine, why, .. }) = found {
+                            memory.engine = Some((engine, why));
+                        }
+                        wake.host_changed();
+                    });
+                }
+                return Err("finding out whether KVM runs guests here".to_owned());
             }
         };
-        tracing::info!(engine = engine.as_str(), why, "guests' instructions are executed");
-        self.memory().engine = Some((engine, why));
+        memory.engine = Some((engine, "compute.virt_type says so".to_owned()));
         Ok(engine)
-    }
-
-    /// What the probe found; it is made once per boot of the host.
-    async fn probed(&self) -> Result<Probed, String> {
-        let boot_id = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await;
-        let boot_id = boot_id.map(|id| id.trim().to_owned()).unwrap_or_default();
-        let note = self.instances.with_file_name("virt-type.json");
-        let known = {
-            let note = note.clone();
-            crate::blocking(move || crate::files::read_json::<Probed>(&note)).await
-        };
-        match known {
-            Ok(Some(probed)) if probed.boot_id == boot_id && !boot_id.is_empty() => {
-                return Ok(probed);
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(error = crate::chain(&error), "probing KVM anew"),
-        }
-        let (engine, why) = match self.hypervisor.probe_kvm(&self.instances).await {
-            Ok(()) => (Engine::Kvm, "a probe guest ran on KVM".to_owned()),
-            Err(HypervisorError::Away { reason, .. }) => return Err(reason),
-            Err(error) => (
-                Engine::Qemu,
-                format!("{error} (to try again before the next boot, remove {})", note.display()),
-            ),
-        };
-        let probed = Probed { boot_id, engine, why };
-        let kept = probed.clone();
-        if let Err(error) = crate::blocking(move || crate::files::write_json(&note, &kept)).await {
-            tracing::warn!(error = crate::chain(&error), "KVM will be probed at the next start");
-        }
-        Ok(probed)
     }
 
     /// Looks at everything.
@@ -170,7 +149,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
             Err(error) => Err(error.to_string()),
         };
         let fashion = match &domains {
-            Ok(_) => self.engine().await.map(|engine| Fashion {
+            Ok(_) => self.engine().map(|engine| Fashion {
                 engine,
                 machine: self.section.machine.clone(),
                 disk_cache: self.section.disk_cache.clone(),
@@ -396,6 +375,11 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
         };
         let plan = Plan::new(&wanted, &situation, &work.due);
         let mut report = PassReport { outcomes: plan.outcomes, writes: 0 };
+        let frees = |step: &Step| matches!(step, Step::Forget(_) | Step::RemoveFiles(_));
+        if plan.steps.values().flatten().any(frees) {
+            // What nobody uses any more is seen by the next look.
+            self.wake.host_changed();
+        }
         let wishes = &wanted;
         let mut done = stream::iter(plan.steps)
             .map(|(object, steps)| async move {

@@ -44,6 +44,10 @@ impl Bench {
         let due = self.desired.objects.keys().copied().collect();
         let desired = Arc::new(self.desired.clone());
         let report = self.agent.pass(Work { desired, due, cause: Cause::Timer }).await;
+        // The probe is asked for by a pass and answers in the background.
+        while self.agent.memory().probing {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         for (object, outcome) in &report.outcomes {
             if *outcome == Outcome::Gone {
                 self.desired.objects.remove(object);
@@ -54,7 +58,8 @@ impl Bench {
 
     async fn settle(&mut self) -> PassReport {
         for _ in 0..100 {
-            let fetching = self.agent.fetches.states().values().any(|f| f.failure.is_none());
+            let fetching = self.agent.fetches.states().values().any(|f| f.failure.is_none())
+                || self.agent.memory().probing;
             let report = self.pass().await;
             if report.writes == 0 && !fetching {
                 return report;

@@ -117,8 +117,10 @@ async fn boot(
 }
 
 fn refused(reason: &str) -> HypervisorError {
+    // QEMU's complaints may be long; the first line tells.
+    let reason: String = reason.lines().next().unwrap_or_default().chars().take(200).collect();
     HypervisorError::Refused {
         action: "run a probe guest on KVM".into(),
-        reason: reason.to_owned(),
+        reason,
     }
 }
