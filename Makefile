@@ -22,7 +22,7 @@ setup: ## Install what building, tests and the demo need
 	$(stage) setup scripts/setup
 
 .PHONY: demo
-demo: ## Start the three agents here, apply a document, show them
+demo: ## Start the three agents here, boot a first cloud, prove it
 	$(stage) setup scripts/setup build demo
 	$(stage) demo scripts/demo up
 
