@@ -4,12 +4,15 @@
 
 mod support;
 
+use std::io::{Read, Write};
 use std::time::Duration;
 
 use serde_json::json;
 use stackhand_kernel::netlink::{Links, WriteCount};
+use stackhand_kernel::tun::{NewTap, VirtioHeader};
 use stackhand_kernel::{Netns, packet};
-use stackhand_runtime::agent::Agent;
+use stackhand_runtime::agent::{Agent, Outcome};
+use stackhand_testkit::wait_for;
 use support::{Documents, Guest, agent, agent_of, local, mac, network, on_a_host, port, run};
 use uuid::Uuid;
 
@@ -204,7 +207,49 @@ fn a_storm_on_one_network_does_not_slow_down_another() {
     });
 }
 
-/// A broadcast of a client that no port has.
+#[test]
+fn a_guest_behind_a_tap_is_answered_as_a_hypervisor_would_hand_it_on() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        let mut documents = Documents::default();
+        let network = documents.put("Network", "net", net, network("local", &json!({})));
+        let mut spec = port(net, "one", 10, &json!({}));
+        spec["mac"] = json!("02:00:00:00:00:09");
+        let object = documents.put("Port", "a", a, spec);
+        documents.settle(&agent).await;
+        let name = format!("tap{}", support::short(a));
+        // As QEMU does: attach to the tap that the agent made.
+        let tap = NewTap::open(&name, false, VirtioHeader::Without).unwrap();
+        let mut tap = std::fs::File::from(tap.into_fd());
+        let report = documents.settle(&agent).await;
+        assert_eq!(report.writes, 0);
+        let Outcome::Active { observed } = &report.outcomes[&object] else { unreachable!() };
+        assert_eq!(observed["carrier"], json!(true), "somebody has it open");
+
+        tap.write_all(&discover()).unwrap();
+        let offer = wait_for(Duration::from_secs(5), "an offer on the tap", || {
+            let mut frame = vec![0; 2048];
+            let read = tap.read(&mut frame).ok();
+            let offered = read.filter(|length| {
+                *length > 42 && frame[..6] == [2, 0, 0, 0, 0, 9] && frame[36..38] == [0, 68]
+            });
+            async move { offered.map(|length| frame[..length].to_vec()) }
+        })
+        .await;
+        assert_eq!(offer[26..30], [10, 7, 0, 2], "from the server");
+        assert_eq!(offer[42 + 16..42 + 20], [10, 7, 0, 10], "with the port's address");
+        // The tap outlives its guest, and a pass leaves it alone while it is in use.
+        drop(tap);
+        documents.rest(&agent).await;
+        documents.delete(object);
+        documents.delete(network);
+        documents.pass(&agent).await;
+        assert!(support::link(&name).await.is_none());
+    });
+}
+
+/// A broadcast of a client with the Ethernet address 02:00:00:00:00:09.
 fn discover() -> Vec<u8> {
     let mut dhcp = vec![0; 300];
     dhcp[..4].copy_from_slice(&[1, 1, 6, 0]);

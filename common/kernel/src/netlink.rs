@@ -31,6 +31,12 @@ pub use link::{
 pub use monitor::{Event, Monitor};
 pub use neighbour::{FdbEntry, FdbTable, Neighbour};
 
+/// How often a list is asked for until it is whole.
+const DUMPS: usize = 10;
+
+/// Set by the kernel on a list that changed while it was written.
+const NLM_F_DUMP_INTR: u16 = 0x10;
+
 /// Counts writes that the kernel accepted. Clones share one count.
 #[derive(Clone, Debug, Default)]
 pub struct WriteCount(Arc<AtomicU64>);
@@ -112,20 +118,51 @@ impl Links {
         Ok(())
     }
 
-    /// Sends a request that reads, and hands every answer to `take`.
+    /// Asks for one thing and hands every answer to `take`.
+    async fn get(
+        &self,
+        message: RouteNetlinkMessage,
+        take: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        let answered = self.read(message, NLM_F_REQUEST, take).await?.answered;
+        if answered { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+    }
+
+    /// Asks for everything of a kind and keeps what `take` makes of it. A list that changed while
+    /// the kernel wrote it may lack entries, so it is asked for again.
+    async fn dump<T>(
+        &self,
+        message: RouteNetlinkMessage,
+        mut take: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        for _ in 0..DUMPS {
+            let mut found = Vec::new();
+            let read = self
+                .read(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, |answer| {
+                    found.extend(take(answer));
+                })
+                .await?;
+            if read.whole {
+                return Ok(found);
+            }
+        }
+        Err(io::Error::from_raw_os_error(nix::libc::EINTR))
+    }
+
     async fn read(
         &self,
         message: RouteNetlinkMessage,
-        dump: bool,
+        flags: u16,
         mut take: impl FnMut(RouteNetlinkMessage),
-    ) -> io::Result<()> {
+    ) -> io::Result<Read> {
         let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | if dump { NLM_F_DUMP } else { 0 };
+        request.header.flags = flags;
         let mut handle = self.handle.clone();
         let mut replies = handle.request(request).map_err(closed)?;
-        let mut answered = false;
+        let mut read = Read { answered: false, whole: true };
         while let Some(reply) = replies.next().await {
-            answered = true;
+            read.answered = true;
+            read.whole &= reply.header.flags & NLM_F_DUMP_INTR == 0;
             match reply.payload {
                 NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                 NetlinkPayload::Overrun(_) => return Err(overrun()),
@@ -133,12 +170,16 @@ impl Links {
                 _ => {}
             }
         }
-        // A dump that is empty ends with a word of its own that is not forwarded.
-        if !answered && !dump {
-            return Err(io::ErrorKind::NotConnected.into());
-        }
-        Ok(())
+        Ok(read)
     }
+}
+
+/// How an answer came.
+struct Read {
+    /// Whether there was one.
+    answered: bool,
+    /// Whether nothing changed while it was written.
+    whole: bool,
 }
 
 /// Whether `error` says that the socket's task has ended, so that a new handle is needed.

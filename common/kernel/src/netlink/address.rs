@@ -41,15 +41,14 @@ impl Links {
     ///
     /// Passes on the kernel's refusal.
     pub async fn addresses(&self) -> Result<Vec<Address>, KernelError> {
-        let mut addresses = Vec::new();
         let query = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        self.read(query, true, |answer| {
-            if let RouteNetlinkMessage::NewAddress(message) = answer {
-                addresses.extend(parse(&message));
-            }
-        })
-        .await
-        .map_err(|source| refused("list", "addresses".to_owned(), source))?;
+        let mut addresses = self
+            .dump(query, |answer| match answer {
+                RouteNetlinkMessage::NewAddress(message) => parse(&message),
+                _ => None,
+            })
+            .await
+            .map_err(|source| refused("list", "addresses".to_owned(), source))?;
         addresses.sort_unstable();
         addresses.dedup();
         Ok(addresses)
@@ -91,14 +90,14 @@ impl Links {
     ///
     /// Passes on the kernel's refusal.
     pub async fn routes(&self) -> Result<Vec<RouteEntry>, KernelError> {
-        let mut routes = Vec::new();
-        self.read(RouteNetlinkMessage::GetRoute(RouteMessage::default()), true, |answer| {
-            if let RouteNetlinkMessage::NewRoute(message) = answer {
-                routes.extend(parse_route(&message));
-            }
-        })
-        .await
-        .map_err(|source| refused("list", "routes".to_owned(), source))?;
+        let query = RouteNetlinkMessage::GetRoute(RouteMessage::default());
+        let mut routes = self
+            .dump(query, |answer| match answer {
+                RouteNetlinkMessage::NewRoute(message) => parse_route(&message),
+                _ => None,
+            })
+            .await
+            .map_err(|source| refused("list", "routes".to_owned(), source))?;
         routes.sort_unstable();
         Ok(routes)
     }

@@ -187,14 +187,13 @@ impl Links {
     pub async fn links(&self) -> Result<Vec<Link>, KernelError> {
         let mut query = LinkMessage::default();
         query.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        let mut links = Vec::new();
-        self.read(RouteNetlinkMessage::GetLink(query), true, |answer| {
-            if let RouteNetlinkMessage::NewLink(message) = answer {
-                links.push(parse(&message));
-            }
-        })
-        .await
-        .map_err(|source| refused("list", "links", source))?;
+        let mut links = self
+            .dump(RouteNetlinkMessage::GetLink(query), |answer| match answer {
+                RouteNetlinkMessage::NewLink(message) => Some(parse(&message)),
+                _ => None,
+            })
+            .await
+            .map_err(|source| refused("list", "links", source))?;
         links.sort_by_key(|link| link.index);
         links.dedup_by_key(|link| link.index);
         Ok(links)
@@ -212,7 +211,7 @@ impl Links {
         query.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let mut found = None;
         let result = self
-            .read(RouteNetlinkMessage::GetLink(query), false, |answer| {
+            .get(RouteNetlinkMessage::GetLink(query), |answer| {
                 if let RouteNetlinkMessage::NewLink(message) = answer {
                     found = Some(parse(&message));
                 }

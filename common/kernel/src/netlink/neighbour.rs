@@ -59,8 +59,7 @@ impl Links {
     ///
     /// Passes on the kernel's refusal.
     pub async fn forwarding(&self) -> Result<Vec<FdbEntry>, KernelError> {
-        let mut entries = Vec::new();
-        self.dump(AddressFamily::Bridge, |message| entries.extend(parse_fdb(message))).await?;
+        let mut entries = self.dump_neighbours(AddressFamily::Bridge, parse_fdb).await?;
         entries.sort_unstable();
         entries.dedup();
         Ok(entries)
@@ -74,23 +73,22 @@ impl Links {
     pub async fn neighbours(&self) -> Result<Vec<Neighbour>, KernelError> {
         let mut entries = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            self.dump(family, |message| entries.extend(parse_neighbour(message))).await?;
+            entries.extend(self.dump_neighbours(family, parse_neighbour).await?);
         }
         entries.sort_unstable();
         Ok(entries)
     }
 
-    async fn dump(
+    async fn dump_neighbours<T>(
         &self,
         family: AddressFamily,
-        mut take: impl FnMut(&NeighbourMessage),
-    ) -> Result<(), KernelError> {
+        take: impl Fn(&NeighbourMessage) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
         let mut query = NeighbourMessage::default();
         query.header.family = family;
-        self.read(RouteNetlinkMessage::GetNeighbour(query), true, |answer| {
-            if let RouteNetlinkMessage::NewNeighbour(message) = answer {
-                take(&message);
-            }
+        self.dump(RouteNetlinkMessage::GetNeighbour(query), |answer| match answer {
+            RouteNetlinkMessage::NewNeighbour(message) => take(&message),
+            _ => None,
         })
         .await
         .map_err(|source| refused("list", "neighbours".to_owned(), source))
