@@ -1,16 +1,21 @@
 //! The file backend on real file systems: XFS and btrfs, which clone, and ext4, which does not.
-//! Needs root, loop devices, the mkfs programs and QEMU's tools.
+//! Needs root, loop devices, the mkfs programs and QEMU's tools. The last test drives the program.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stackhand_model::{SnapshotId, VolumeId};
+use serde_json::{Value, json};
+use stackhand_bus::local::LocalTransport;
+use stackhand_model::{AgentKind, Document, Kind, SnapshotId, State, VolumeId};
+use stackhand_runtime::client::AgentClient;
 use stackhand_storage::backend::file::FileBackend;
 use stackhand_storage::backend::{Backend, BackendError, Item, Presence, Progress, Usage};
-use stackhand_testkit::{Spawned, wait_for_sync};
+use stackhand_testkit::{Spawned, wait_for, wait_for_sync};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -177,4 +182,78 @@ fn what_a_running_qemu_has_open_is_seen_and_kept() {
     drop(reader);
     assert_eq!(usage(), Usage::Free);
     backend.delete(vol(1)).unwrap();
+}
+
+fn document(kind: &str, id: u128, spec: &Value) -> Document {
+    let (name, id) = (format!("{}{id}", kind.to_lowercase()), Uuid::from_u128(id));
+    let document = json!({"kind": kind, "id": id, "name": name, "generation": 1, "spec": spec});
+    Document::from_value(&document).unwrap()
+}
+
+#[tokio::test]
+async fn a_killed_agent_finishes_its_copies_and_loses_nothing() {
+    let mounted = Mounted::new("mkfs.ext4", 4096 * MIB);
+    let root = mounted.root.path();
+    let settings = format!(
+        "host = \"here\"\nstate_dir = \"{0}/state\"\nrun_dir = \"{0}/run\"\n[storage]\n\
+         default_backend = \"loop\"\n[storage.backends.loop]\npath = \"{0}/mnt\"\n",
+        root.display()
+    );
+    fs::create_dir(root.join("etc")).unwrap();
+    fs::write(root.join("etc/stackhand.toml"), settings).unwrap();
+    let config = root.join("etc").display().to_string();
+    let start = || {
+        let args = ["--config-dir", &config];
+        let mut agent = Spawned::start(env!("CARGO_BIN_EXE_storage-agent"), args);
+        agent.wait_for_output(Duration::from_secs(20), "ready");
+        agent
+    };
+    let client = || {
+        let transport = Arc::new(LocalTransport::connect(root.join("run/storage.sock")));
+        AgentClient::new(transport, AgentKind::Storage, "here")
+    };
+    let until_active = async |kind: Kind, id: u128| {
+        wait_for(Duration::from_secs(60), &format!("{kind} {id} to be active"), async || {
+            let entries = client().get(Some(kind), Some(&[Uuid::from_u128(id)])).await.ok()?;
+            let active = entries.first().is_some_and(|entry| entry.status.state == State::Active);
+            active.then_some(())
+        })
+        .await;
+    };
+    let mut agent = start();
+    client()
+        .apply(&[document("Volume", 1, &json!({"host": "here", "size_gib": 1}))])
+        .await
+        .unwrap();
+    until_active(Kind::Volume, 1).await;
+    let data: Vec<u8> = (0..256_u64 << 20).map(|n| (n % 251).to_le_bytes()[0]).collect();
+    write(&mounted.path(), vol(1), &data, 0);
+
+    for id in 2..5 {
+        let source = Uuid::from_u128(1);
+        client().apply(&[document("Snapshot", id, &json!({"volume": source}))]).await.unwrap();
+        let partial = mounted.path().join(format!(".stackhand/{}.partial", snap(id)));
+        let complete = mounted.path().join(snap(id).to_string());
+        wait_for(Duration::from_secs(20), "the copy to begin", async || {
+            (partial.exists() || complete.exists()).then_some(())
+        })
+        .await;
+        agent.signal(nix::sys::signal::Signal::SIGKILL);
+        drop(agent);
+        agent = start();
+        until_active(Kind::Snapshot, id).await;
+        assert!(read(&mounted.path(), snap(id), data.len()) == data, "snapshot {id} differs");
+        assert!(!partial.exists());
+    }
+    let entries = client().get(None, None).await.unwrap();
+    assert_eq!(entries.len(), 4);
+    let objects: Vec<_> = entries.iter().map(|entry| entry.status.object).collect();
+    client().delete(&objects).await.unwrap();
+    wait_for(Duration::from_secs(20), "all to be gone", async || {
+        client().get(None, None).await.unwrap().is_empty().then_some(())
+    })
+    .await;
+    let left: Vec<_> = fs::read_dir(mounted.path().join(".stackhand")).unwrap().flatten().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+    agent.terminate(Duration::from_secs(20));
 }

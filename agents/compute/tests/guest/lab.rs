@@ -1,14 +1,10 @@
-//! Real guests on a real libvirtd: TCG domains that boot a Debian kernel and say what they see.
-//! Needs root, libvirtd, QEMU, busybox, and the kernel that `scripts/fetch-kernel cloud` fetches.
-
-#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
-
-mod support;
+//! The tests; they boot machines, so they belong to the slow ones.
 
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::{Driven, Libvirtd, UP, document, kernel, ramdisk, run};
 use serde_json::{Value, json};
 use stackhand_compute::domain::Engine;
 use stackhand_compute::hypervisor::Hypervisor;
@@ -16,7 +12,6 @@ use stackhand_compute::libvirt::Libvirt;
 use stackhand_model::{Document, ErrorCode};
 use stackhand_runtime::agent::Agent;
 use stackhand_testkit::in_netns;
-use support::{Driven, Libvirtd, UP, document, kernel, ramdisk, run};
 use tempfile::TempDir;
 use uuid::Uuid;
 
