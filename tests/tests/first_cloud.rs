@@ -232,6 +232,36 @@ mod guest {
     use super::*;
 
     #[test]
+    fn a_host_inside_this_host_is_separate_and_goes_with_all_that_runs_on_it() {
+        let folder = tempfile::Builder::new().prefix("shf-").tempdir().unwrap();
+        let at = folder.path().join("host");
+        let host = Host::new(at.clone());
+        let again = Command::new(Host::script()).args(["up", host.path()]).output().unwrap();
+        let said = String::from_utf8_lossy(&again.stderr);
+        assert!(!again.status.success() && said.contains("is in use already"), "{said}");
+
+        // What is made there is not seen here.
+        host.run(["ip", "link", "add", "shf0", "type", "bridge"]);
+        host.run(["ip", "netns", "add", "shf0"]);
+        assert!(host.run(["ip", "netns", "list"]).contains("shf0"));
+        assert!(!Path::new("/sys/class/net/shf0").exists());
+        assert!(!Path::new("/run/netns/shf0").exists());
+        assert!(at.join("run/libvirt/libvirt-sock").exists());
+
+        // A program that does not listen to requests goes, too.
+        let mut deaf =
+            host.start(["sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done"]);
+        deaf.wait_for_output(LIMIT, "deaf");
+        let mount = |path: &Path| {
+            fs::read_to_string("/proc/self/mountinfo").unwrap().contains(path.to_str().unwrap())
+        };
+        assert!(mount(&at));
+        drop(host);
+        assert!(!deaf.is_running() && !at.exists() && !mount(&at));
+        assert_eq!(deaf.wait(LIMIT).to_string(), "signal: 9 (SIGKILL)");
+    }
+
+    #[test]
     fn a_guest_has_its_network_and_volume_outlives_its_agents_and_leaves_nothing_behind() {
         let mut cloud = Cloud::new();
         cloud.start_all();
