@@ -49,6 +49,9 @@ pub struct NetworkAgent {
     events: EventLog,
     servers: tokio::sync::Mutex<Servers>,
     dhcp: Arc<server::Counters>,
+    /// Held while looking and while changing: what a look remembers must not be older than a
+    /// change.
+    turn: tokio::sync::Mutex<()>,
     /// When each orphan was seen first.
     orphans: Mutex<BTreeMap<At, Instant>>,
     /// Objects that an event may help, as of the last pass.
@@ -131,6 +134,7 @@ impl NetworkAgent {
             events,
             dhcp: servers.counters(),
             servers: tokio::sync::Mutex::new(servers),
+            turn: tokio::sync::Mutex::default(),
             orphans: Mutex::default(),
             stuck,
             troubles: Mutex::default(),
@@ -307,6 +311,7 @@ impl Agent for NetworkAgent {
     }
 
     async fn plan(&self, wanted: Arc<Desired>) -> Result<Vec<PlannedStep>, Refusal> {
+        let _turn = self.turn.lock().await;
         let (_, _, made) = self.look_and_plan(&wanted).await.map_err(|error| {
             Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {}", Chain(&error)))
         })?;
@@ -316,6 +321,7 @@ impl Agent for NetworkAgent {
     }
 
     async fn pass(&self, work: Work) -> PassReport {
+        let _turn = self.turn.lock().await;
         let before = self.host.writes();
         self.watcher.about_to_look().await;
         let (wish, seen, made) = match self.look_and_plan(&work.desired).await {
@@ -363,7 +369,7 @@ impl Agent for NetworkAgent {
             known.retain(|object| !work.due.contains(object));
             known.extend(stuck);
         }
-        *lock(&self.troubles) = outcome::troubles(&work.desired, &left);
+        *lock(&self.troubles) = outcome::troubles(&work.desired, &wish, &left);
         PassReport { outcomes, writes: self.host.writes() - before }
     }
 
@@ -377,7 +383,10 @@ impl Agent for NetworkAgent {
 
     async fn facts(&self) -> Value {
         let abilities = self.abilities.get_or_init(probe::abilities).await.clone();
-        let links = match self.host.observe().await {
+        let turn = self.turn.lock().await;
+        let seen = self.host.observe().await;
+        drop(turn);
+        let links = match seen {
             Ok(seen) => outcome::link_facts(&seen),
             Err(error) => json!({"error": Chain(&error).to_string()}),
         };

@@ -365,10 +365,21 @@ fn facts_say_what_the_kernel_can_do_and_that_nothing_is_filtered() {
         let mut documents = Documents::default();
         documents.put("Network", "net", net, network("local", &json!({})));
         documents.put("Port", "a", Uuid::new_v4(), port(net, "one", 10, &json!({})));
+        let more = json!({"subnets": [{"name": "six", "cidr": "fd00::/64", "ipv6_mode": "slaac"}]});
+        let six = Uuid::new_v4();
+        documents.put("Network", "six", six, network("local", &more));
+        let on_six = json!({
+            "network": six, "host": "one", "mac": "fa:16:3e:00:00:06",
+            "fixed_ips": [{"subnet": "six", "address": "fd00::6"}],
+        });
+        documents.put("Port", "six", Uuid::new_v4(), on_six);
         let group = documents.put("SecurityGroup", "web", Uuid::new_v4(), json!({}));
         let report = documents.pass(&agent).await;
         assert!(reason(&report.outcomes[&group]).contains("not enforced"));
-        assert!(agent.troubles().iter().any(|trouble| trouble.contains("not enforced")));
+        for word in ["not enforced", "router advertisements"] {
+            let told = agent.troubles();
+            assert!(told.iter().any(|trouble| trouble.contains(word)), "{told:?}");
+        }
     });
 }
 

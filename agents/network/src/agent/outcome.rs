@@ -176,8 +176,22 @@ impl Host<'_> {
 }
 
 /// What is wrong with the host as a whole.
-pub(super) fn troubles(desired: &Desired, left: &Plan) -> Vec<String> {
+pub(super) fn troubles(desired: &Desired, wish: &HostWish, left: &Plan) -> Vec<String> {
     let mut troubles = Vec::new();
+    let unserved = desired.objects.values().any(|held| match &held.document.spec {
+        Spec::Network(network) => {
+            wish.wired.contains_key(&NetworkId(held.document.id))
+                && network.subnets.iter().any(|subnet| subnet.ipv6_mode.is_some())
+        }
+        _ => false,
+    });
+    if unserved {
+        troubles.push(
+            "IPv6 subnets are not served: this agent sends no router advertisements and answers \
+             no DHCPv6 yet"
+                .to_owned(),
+        );
+    }
     let unfiltered = desired.objects.values().any(|held| match &held.document.spec {
         Spec::Port(port) => port.port_security && port.owner == PortOwner::Instance,
         _ => false,
