@@ -172,7 +172,9 @@ impl<H: Hypervisor> ComputeAgent<H> {
             .collect();
         let looked = crate::blocking(move || {
             let links = taps.into_iter().filter(|tap| link_exists(tap)).collect();
-            let volumes = paths.into_iter().filter(|path| path.exists()).collect();
+            // What we may not look at, libvirt may.
+            let there = |path: &PathBuf| path.try_exists().unwrap_or(true);
+            let volumes = paths.into_iter().filter(there).collect();
             Ok::<_, crate::files::FileError>((cache.look()?, store.look()?, links, volumes))
         });
         let (cache, store, links, volumes) = looked.await.map_err(|error| crate::chain(&error))?;

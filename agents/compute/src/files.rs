@@ -1,7 +1,8 @@
 //! Small files of the agent's own folders, written so that a power cut leaves the old or the new.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -24,6 +25,24 @@ pub(crate) fn failed<'a>(
     path: &'a Path,
 ) -> impl FnOnce(io::Error) -> FileError + use<'a> {
     move |source| FileError { action, path: path.to_owned(), source }
+}
+
+/// Makes a folder that guests' processes, which run as other users, can pass through to a file
+/// whose name they were given. Whatever the umask says.
+pub(crate) fn make_passage(folder: &Path) -> Result<(), FileError> {
+    fs::create_dir_all(folder).map_err(failed("make folder", folder))?;
+    let mode = fs::metadata(folder).map_err(failed("look at", folder))?.permissions().mode();
+    if mode & 0o777 != 0o711 {
+        let passage = fs::Permissions::from_mode(0o711);
+        fs::set_permissions(folder, passage).map_err(failed("set the mode of", folder))?;
+    }
+    Ok(())
+}
+
+/// Makes an empty file that is ours, if there is none, for somebody with more rights to write to:
+/// a log that libvirt makes belongs to root and could not be read.
+pub(crate) fn make_readable(path: &Path) -> Result<(), FileError> {
+    OpenOptions::new().append(true).create(true).open(path).map(drop).map_err(failed("make", path))
 }
 
 /// Names in a folder; none if there is no folder.

@@ -24,7 +24,7 @@ use ring::digest::{Context, SHA256, SHA512};
 use serde::{Deserialize, Serialize};
 use stackhand_model::{ImageFormat, ImageId, ImageSpec};
 
-use crate::files::{FileError, failed, read_json, remove, sync_folder, write_json};
+use crate::files::{FileError, failed, make_passage, read_json, remove, sync_folder, write_json};
 use inspect::{HEADER_BYTES, Refused, inspect};
 
 /// What the cache knows of an image.
@@ -224,7 +224,7 @@ impl ImageCache {
             path if path.starts_with('/') => Path::new(path).to_owned(),
             _ => return Err(FetchError::UnsupportedSource { source_name }),
         };
-        fs::create_dir_all(&self.folder).map_err(failed("make folder", &self.folder))?;
+        make_passage(&self.folder)?;
         // Non-blocking, so that a pipe cannot hold us up before it is found out.
         let source = OpenOptions::new()
             .read(true)

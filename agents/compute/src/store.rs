@@ -11,16 +11,18 @@
 //! leaves behind is either finished by the next pass or removed with the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use stackhand_kernel::exec::{ExecError, Program};
 use stackhand_model::{FileFormat, ImageId, InstanceId, PowerState};
 
-use crate::files::{FileError, failed, names, read_json, remove, sync_folder, write_json};
+use crate::files::{
+    FileError, failed, make_passage, make_readable, names, read_json, remove, sync_folder,
+    write_json,
+};
 
 /// Memory that qemu-img may use, in bytes.
 const QEMU_IMG_MEMORY: u64 = 1 << 30;
@@ -182,13 +184,9 @@ impl Store {
     /// Fails if the disk takes no more.
     pub fn prepare(&self, id: InstanceId, record: &Record) -> Result<(), FileError> {
         let path = self.path(id);
-        // Guests run as other users and must get through to their files.
-        let builder = || {
-            let mut builder = DirBuilder::new();
-            builder.recursive(true).mode(0o711);
-            builder
-        };
-        builder().create(&path).map_err(failed("make folder", &path))?;
+        make_passage(&self.folder)?;
+        make_passage(&path)?;
+        make_readable(&self.console_log(id))?;
         sync_folder(&self.folder)?;
         write_json(&self.record(id), record)
     }
@@ -310,6 +308,18 @@ mod tests {
         store.remove(ID).unwrap();
         store.remove(ID).unwrap();
         assert_eq!(store.look().unwrap(), StoreSeen::default());
+    }
+
+    #[test]
+    fn guests_can_pass_through_and_the_agent_can_read_the_log_whatever_the_umask() {
+        use std::os::unix::fs::PermissionsExt;
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::new(&root.path().join("instances"), Path::new("/usr/bin/qemu-img"));
+        store.prepare(ID, &Record::default()).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&root.path().join("instances")), mode(&store.path(ID))), (0o711, 0o711));
+        assert!(store.console_log(ID).is_file(), "made by us, so it stays readable to us");
     }
 
     #[test]

@@ -152,22 +152,22 @@ fn what_a_running_qemu_has_open_is_seen_and_kept() {
     backend.create(vol(1), MIB).unwrap();
     let path = folder.join(vol(1).to_string());
     let socket = root.path().join("nbd");
-    let serve = |more: &[&'static str]| {
+    let usage = || backend.observe().unwrap().items[&vol(1)].usage;
+    // It listens before it has opened the file, so only the lock tells that it is ready.
+    let serve = |more: &[&'static str], expected: Usage| {
         let mut args = vec!["--format=raw", "--persistent", "--socket", socket.to_str().unwrap()];
         args.extend(more);
         args.push(path.to_str().unwrap());
         let mut server = Spawned::start("/usr/bin/qemu-nbd", args);
-        wait_for_sync(Duration::from_secs(20), "qemu-nbd to listen", || {
+        wait_for_sync(Duration::from_secs(20), "qemu-nbd to open the volume", || {
             assert!(server.is_running(), "{server:?}");
-            socket.exists().then_some(())
+            (usage() == expected).then_some(())
         });
         server
     };
-    let usage = || backend.observe().unwrap().items[&vol(1)].usage;
     assert_eq!(usage(), Usage::Free);
 
-    let server = serve(&[]);
-    assert_eq!(usage(), Usage::Written);
+    let server = serve(&[], Usage::Written);
     let error = backend.delete(vol(1)).unwrap_err();
     assert!(matches!(error, BackendError::InUse { .. }), "{error}");
     let error = backend.copy(vol(2), &path, MIB, &Progress::default()).unwrap_err();
@@ -175,8 +175,7 @@ fn what_a_running_qemu_has_open_is_seen_and_kept() {
     drop(server);
     let _gone = fs::remove_file(&socket);
 
-    let reader = serve(&["--read-only"]);
-    assert_eq!(usage(), Usage::Read);
+    let reader = serve(&["--read-only"], Usage::Read);
     backend.copy(vol(2), &path, MIB, &Progress::default()).unwrap();
     backend.delete(vol(1)).unwrap_err();
     drop(reader);

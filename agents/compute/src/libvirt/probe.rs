@@ -15,7 +15,7 @@ use virt::sys;
 
 use super::Libvirt;
 use crate::domain::{Blueprint, Disk, DiskSource, Engine};
-use crate::files::{FileError, failed, remove};
+use crate::files::{FileError, failed, make_passage, make_readable, remove};
 use crate::hypervisor::{DomainChange, Hypervisor, HypervisorError};
 
 /// The boot sector.
@@ -48,8 +48,9 @@ pub(super) async fn run(
     let prepare = {
         let (folder, disk, log) = (folder.to_owned(), disk.clone(), log.clone());
         move || {
-            std::fs::create_dir_all(&folder).map_err(failed("make folder", &folder))?;
+            make_passage(&folder)?;
             remove(&log)?;
+            make_readable(&log)?;
             let mut image = GUEST.to_vec();
             image.resize(1 << 20, 0);
             std::fs::write(&disk, image).map_err(failed("write", &disk))
@@ -119,8 +120,5 @@ async fn boot(
 fn refused(reason: &str) -> HypervisorError {
     // QEMU's complaints may be long; the first line tells.
     let reason: String = reason.lines().next().unwrap_or_default().chars().take(200).collect();
-    HypervisorError::Refused {
-        action: "run a probe guest on KVM".into(),
-        reason,
-    }
+    HypervisorError::Refused { action: "run a probe guest on KVM".into(), reason }
 }

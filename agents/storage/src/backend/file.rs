@@ -113,12 +113,11 @@ impl FileBackend {
     fn enter(&self) -> Result<(), BackendError> {
         let registered = record::read_identity(&self.registration)?;
         if self.may_make && registered.is_none() {
-            // Guests' processes run as other users and must get through to their files.
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(&self.folder)
-                .map_err(failed("make folder", &self.folder))?;
+            // Guests' processes run as other users and must pass through to files whose names they
+            // were given, whatever the umask says.
+            fs::create_dir_all(&self.folder).map_err(failed("make folder", &self.folder))?;
+            fs::set_permissions(&self.folder, fs::Permissions::from_mode(0o711))
+                .map_err(failed("set the mode of", &self.folder))?;
         }
         match fs::metadata(&self.folder) {
             Ok(metadata) if metadata.is_dir() => {}

@@ -63,6 +63,16 @@ fn a_volume_is_made_sparse_grown_and_deleted() {
 }
 
 #[test]
+fn guests_can_pass_through_the_folder_whatever_the_umask() {
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    let bench = bench();
+    bench.backend.create(vol(1), MIB).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&bench.path("")), 0o711);
+    assert_eq!(mode(&bench.path(WORK)), 0o700, "and no further");
+}
+
+#[test]
 fn a_copy_has_the_same_bytes_and_holes_and_its_own_life() {
     let bench = bench();
     bench.backend.create(vol(1), 64 * MIB).unwrap();
