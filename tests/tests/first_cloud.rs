@@ -285,6 +285,8 @@ mod guest {
                 cloud.console(&instance).contains(&told).then_some(())
             });
         }
+        let log = cloud.agentctl(&["act", "instance/demo", "console-log"]);
+        assert!(log.lines().any(|line| line.starts_with("guest: /dev/vdb has")), "{log}");
         let space = format!("qdhcp-{network}");
         cloud.host.run(["ip", "netns", "exec", &space, "ping", "-n", "-c", "2", address]);
         let leases = cloud.agentctl(&["facts", "--type", "network", "-o", "json"]);

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use stackhand_model::Kind;
 
 use super::Session;
+use crate::console::{Output, tame};
 use crate::exit::Exit;
 use crate::fleet::Filter;
 use crate::objects;
@@ -15,7 +16,7 @@ use crate::objects;
 /// The agent tells which actions it knows when it is asked for one that it does not.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  agentctl act instance/web reboot --param hard=true
+  agentctl act instance/web reboot --param type=hard
   agentctl act instance/web console-log")]
 pub(crate) struct Act {
     /// The object, as KIND/NAME or KIND/ID
@@ -56,15 +57,27 @@ pub(crate) async fn run(args: &Act, session: &mut Session) -> Result<Exit> {
         .await
         .with_context(|| format!("cannot {} {kind} {}", args.action, row.name))?;
     fleet.close().await;
-    match answer {
-        Value::Null => {}
-        Value::String(text) => {
-            let end = if text.ends_with('\n') { "" } else { "\n" };
-            session.console.text(&format!("{text}{end}"))?;
-        }
-        other => session.console.print_tree(&other)?,
+    let for_people = matches!(session.console.output(), Output::Table | Output::Wide);
+    match text(&answer) {
+        _ if answer.is_null() => {}
+        Some(text) if for_people || answer.is_string() => session.console.text(&text)?,
+        _ => session.console.print_tree(&answer)?,
     }
     Ok(Exit::Well)
+}
+
+/// An answer that is a text or a log, as lines.
+fn text(answer: &Value) -> Option<String> {
+    let (text, cut) = match answer {
+        Value::String(text) => (text.as_str(), false),
+        other => (other["log"].as_str()?, other["truncated"] == true),
+    };
+    let mut lines = String::from(if cut { "[what came before is left out]\n" } else { "" });
+    for line in text.lines() {
+        lines.push_str(&tame(line));
+        lines.push('\n');
+    }
+    Some(lines)
 }
 
 #[cfg(test)]
@@ -77,5 +90,14 @@ mod tests {
         assert_eq!(parse_param("name=a=b"), Ok(("name".into(), "a=b".into())));
         assert_eq!(parse_param("n=3"), Ok(("n".into(), 3.into())));
         assert!(parse_param("n").is_err());
+    }
+
+    #[test]
+    fn a_log_is_shown_as_lines_that_do_not_drive_the_terminal() {
+        let log = serde_json::json!({"log": "up\r\n\u{1b}[2Jdone", "truncated": true});
+        let lines = "[what came before is left out]\nup\n [2Jdone\n";
+        assert_eq!(text(&log).as_deref(), Some(lines));
+        assert_eq!(text(&"done".into()).as_deref(), Some("done\n"));
+        assert_eq!(text(&serde_json::json!({"rebooted": "soft"})), None);
     }
 }
