@@ -7,6 +7,7 @@
 //! ```
 
 pub mod agent;
+pub mod checks;
 pub mod config;
 pub mod desired;
 pub mod domain;

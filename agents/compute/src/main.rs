@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use stackhand_compute::agent::ComputeAgent;
+use stackhand_compute::checks::checks;
 use stackhand_compute::config::ComputeSection;
 use stackhand_compute::hypervisor::HypervisorError;
 use stackhand_compute::libvirt::Libvirt;
@@ -11,7 +12,7 @@ use stackhand_model::InstanceId;
 use stackhand_runtime::run::{AgentContext, Program};
 
 fn main() -> ExitCode {
-    Program::new(env!("CARGO_PKG_VERSION"), start).main()
+    Program::new(env!("CARGO_PKG_VERSION"), start).with_checks(checks).main()
 }
 
 async fn start(

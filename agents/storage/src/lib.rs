@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod checks;
 pub mod config;
 pub mod copies;
 pub mod desired;

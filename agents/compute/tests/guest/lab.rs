@@ -22,8 +22,9 @@ const NAME: &str = "instance-12345678";
 
 /// Folders, images and documents that every test starts from.
 struct Scene {
-    root: TempDir,
+    // Before its folder, in which it finds the guests that a failed test has left.
     libvirtd: Libvirtd,
+    root: TempDir,
     images: Vec<Document>,
 }
 
@@ -44,7 +45,7 @@ impl Scene {
             ),
             document("Image", RAMDISK, 1, &json!({"source": initrd, "format": "ramdisk"})),
         ];
-        Self { root, libvirtd, images }
+        Self { libvirtd, root, images }
     }
 
     fn driven(&self) -> Driven {
