@@ -235,6 +235,7 @@ mod broker {
             let applied = cloud.command(&["apply", "-f", &manifest, "--wait"]);
             assert!(applied.is_done(), "{applied:?}");
 
+            cloud.broker.wait_until_streams_last(0);
             cloud.broker.kill(0);
             // Without a broker, an operator on the host still asks and acts.
             let run_dir = cloud.at("run");

@@ -160,6 +160,10 @@ pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
 fn parse_filter(filter: &str) -> Result<EnvFilter, TelemetryError> {
     let wrong = |reason| TelemetryError::Filter { filter: filter.to_owned(), reason };
     check_filter(filter).map_err(wrong)?;
+    // The AMQP library logs whole messages, and as errors what the bus copes with and tells in
+    // its own words. Whoever wants to hear it names it.
+    let quiet = if filter.contains("lapin") { "" } else { ",lapin=off" };
+    let filter = format!("{filter}{quiet}");
     EnvFilter::builder().parse(filter).map_err(|error| wrong(error.to_string()))
 }
 

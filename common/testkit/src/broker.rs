@@ -75,6 +75,7 @@ struct Node {
     name: String,
     port: u16,
     tls_port: u16,
+    cluster_port: u16,
     process: Option<Child>,
 }
 
@@ -117,6 +118,7 @@ impl Broker {
                 name: format!("n{number}@localhost"),
                 port: free_port(),
                 tls_port: free_port(),
+                cluster_port: free_port(),
                 process: None,
             })
             .collect();
@@ -193,6 +195,24 @@ impl Broker {
         }
     }
 
+    /// Waits until a node has it on disk that there are streams, which RabbitMQ 3.10 writes some
+    /// seconds after its first stream was made. A node killed before that finds no leader for its
+    /// streams ever again; killed later, it brings them back with all they hold.
+    ///
+    /// # Panics
+    ///
+    /// When it is not there within two minutes, for example because no stream was made.
+    pub fn wait_until_streams_last(&self, node: usize) {
+        let name = &self.nodes[node].name;
+        let data = self.path(node, "data").join(name);
+        let registered = data.join("coordination").join(name).join("names.dets");
+        wait_for("streams to be on disk", START_LIMIT, || {
+            let coordinator = b"rabbit_stream_coordinator";
+            let bytes = fs::read(&registered).unwrap_or_default();
+            bytes.windows(coordinator.len()).any(|window| window == coordinator)
+        });
+    }
+
     /// Runs `rabbitmqctl` against a node and returns what it printed. Takes a second or two.
     ///
     /// # Panics
@@ -259,7 +279,7 @@ impl Broker {
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", self.path(node, "plugins"))
             .env("RABBITMQ_MNESIA_BASE", self.path(node, "data"))
             .env("RABBITMQ_LOG_BASE", self.path(node, "log"))
-            .env("RABBITMQ_DIST_PORT", (self.nodes[node].port + 10_000).to_string());
+            .env("RABBITMQ_DIST_PORT", self.nodes[node].cluster_port.to_string());
         command
     }
 

@@ -16,14 +16,28 @@ use lapin::options::{
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind, Event, ExchangeKind};
 use tokio::sync::{OnceCell, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::BusError;
 use crate::amqp::dial::Socket;
-use crate::amqp::topology::{Exchange, Queue};
+use crate::amqp::link::chance;
+use crate::amqp::topology::{Exchange, Queue, lock_queue, text};
 
 /// Publishes at once per session. See [`Session::publish`].
 const LANES: usize = 16;
+
+/// The lock under which streams are made.
+const MAKING_STREAMS: &str = "streams";
+
+/// Making one takes the broker well under a second.
+const MAKING_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Between looks at whether the lock is free, with jitter.
+const MAKING_PAUSE: Duration = Duration::from_millis(50);
+
+/// AMQP's reply code for another connection's exclusive queue.
+const RESOURCE_LOCKED: u16 = 405;
 
 /// Why a message was not handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -233,7 +247,12 @@ impl Session {
         }
         let mut declarer = self.declarer.lock().await;
         let what = format!("queue {}", queue.name);
-        match self.try_queue(&mut declarer, queue, false).await {
+        let declared = if is_stream(queue) {
+            self.try_stream(&mut declarer, queue).await
+        } else {
+            self.try_queue(&mut declarer, queue, false).await
+        };
+        match declared {
             // Quorum queues and streams promise something; the others can be taken as found.
             Err(error)
                 if inequivalent(&error, "durable")
@@ -312,6 +331,37 @@ impl Session {
         let channel = self.declaring(declarer).await?;
         let declared = channel.queue_declare(name, options, queue.arguments.clone()).await;
         settle(declarer, declared).map(drop)
+    }
+
+    /// Declares a stream, and makes it alone if it is not there.
+    ///
+    /// RabbitMQ 3.10 does not bear two clients that make its first streams at once: a channel
+    /// crashes in it, and after the node's next crash no stream ever has a leader again. So
+    /// whoever makes one holds a lock that all programs of ours on the broker respect.
+    async fn try_stream(&self, declarer: &mut Option<Channel>, queue: &Queue) -> lapin::Result<()> {
+        match self.try_queue(declarer, queue, true).await {
+            Ok(()) => return self.try_queue(declarer, queue, false).await,
+            Err(error) if is_missing(&error) => {}
+            Err(error) => return Err(error),
+        }
+        let lock = lock_queue(MAKING_STREAMS);
+        let patience = Instant::now() + MAKING_PATIENCE;
+        while let Err(error) = self.try_queue(declarer, &lock, false).await {
+            let locked = code(&error) == Some(RESOURCE_LOCKED);
+            if !locked || Instant::now() > patience {
+                return Err(error);
+            }
+            tokio::time::sleep(MAKING_PAUSE.mul_f64(1.0 + chance())).await;
+        }
+        let made = self.try_queue(declarer, queue, false).await;
+        let unlock = async {
+            let channel = self.declaring(declarer).await?;
+            channel.queue_delete(short(&lock.name)?, QueueDeleteOptions::default()).await
+        };
+        // Should this fail, the lock ends with the connection.
+        let unlocked = unlock.await;
+        let _ = settle(declarer, unlocked);
+        made
     }
 
     /// Deletes a queue; one that is not there is as good.
@@ -484,6 +534,16 @@ pub(super) fn code(error: &lapin::Error) -> Option<u16> {
         ErrorKind::ProtocolError(amqp) => Some(amqp.get_id()),
         _ => None,
     }
+}
+
+fn is_stream(queue: &Queue) -> bool {
+    queue.arguments.inner().get("x-queue-type") == Some(&text("stream"))
+}
+
+/// Whether a queue is not there at all, rather than out of reach.
+fn is_missing(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(amqp) if amqp.get_id() == 404
+        && amqp.get_message().as_str().contains("no queue"))
 }
 
 fn inequivalent(error: &lapin::Error, argument: &str) -> bool {
