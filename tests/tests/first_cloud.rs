@@ -48,11 +48,39 @@ struct Cloud {
 /// A host inside this host, removed with everything that runs on it.
 struct Host(PathBuf);
 
+/// The machine of the manifest.
+struct Guest {
+    instance: String,
+    /// Namespace of its network's DHCP server, where it is reached from.
+    space: String,
+    address: String,
+}
+
+impl Guest {
+    fn domain(&self) -> String {
+        format!("instance-{}", &self.instance[..8])
+    }
+
+    /// The command that pings it.
+    fn ping<'a, const N: usize>(&'a self, options: [&'a str; N]) -> Vec<&'a str> {
+        let command = ["ip", "netns", "exec", &self.space, "ping", "-n", &self.address];
+        command.into_iter().chain(options).collect()
+    }
+}
+
 impl Host {
     fn new(folder: PathBuf) -> Self {
         let host = Self(folder);
-        run(&Self::script(), ["up", host.path()]);
+        host.up();
         host
+    }
+
+    fn up(&self) {
+        run(&Self::script(), ["up", self.path()]);
+    }
+
+    fn down(&self) {
+        run(&Self::script(), ["down", self.path()]);
     }
 
     fn script() -> PathBuf {
@@ -64,12 +92,12 @@ impl Host {
     }
 
     /// Runs a program on it.
-    fn run<const N: usize>(&self, command: [&str; N]) -> String {
+    fn run<'a>(&'a self, command: impl IntoIterator<Item = &'a str>) -> String {
         run(&Self::script(), ["exec", self.path()].into_iter().chain(command))
     }
 
     /// Starts a program on it. The process is the program's own: the script becomes it.
-    fn start<const N: usize>(&self, command: [&str; N]) -> Spawned {
+    fn start<'a>(&'a self, command: impl IntoIterator<Item = &'a str>) -> Spawned {
         Spawned::start(Self::script(), ["exec", self.path()].into_iter().chain(command))
     }
 }
@@ -196,7 +224,54 @@ impl Cloud {
         self.counter(agent, "stackhand_reconcile_writes").unwrap()
     }
 
-    /// What a guest has told on its console.
+    /// Applies the manifest and waits for its guest.
+    fn first_guest(&self) -> Guest {
+        let applied = self.with_manifest(&["apply", "--wait=60"]);
+        assert!(applied.contains("create"), "{applied}");
+        let held = self.held();
+        assert!(held.len() == 8 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        let id = |kind: &str, name: &str| self.get(kind, name)["id"].as_str().unwrap().to_owned();
+        let port = self.get("port", "demo-port");
+        let address = port["document"]["spec"]["fixed_ips"][0]["address"].as_str().unwrap();
+        let guest = Guest {
+            instance: id("instance", "demo"),
+            space: format!("qdhcp-{}", id("network", "int1")),
+            address: address.to_owned(),
+        };
+        self.wait_for_guest(&guest);
+        guest
+    }
+
+    /// Waits until a guest has its address, sees its volume, and answers.
+    fn wait_for_guest(&self, guest: &Guest) {
+        for told in [
+            format!("guest: eth0 has address {}/24", guest.address),
+            "guest: /dev/vdb has 1073741824 bytes".to_owned(),
+            "guest: the router is 192.168.0.254".to_owned(),
+        ] {
+            wait_for_sync(LIMIT, &format!("{told:?} on the console"), || {
+                self.console(&guest.instance).contains(&told).then_some(())
+            });
+        }
+        self.host.run(guest.ping(["-c", "2", "-w", "20"]));
+    }
+
+    /// The host loses its power and gets it back; the agents start as they do at boot.
+    fn lose_power(&mut self) {
+        for process in self.agents.values_mut() {
+            process.kill();
+        }
+        self.agents.clear();
+        self.host.down();
+        // What is in memory on a real host.
+        for entry in fs::read_dir(self.at("run")).unwrap() {
+            fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        self.host.up();
+        self.start_all();
+    }
+
+    /// What a guest has told on its console since it was started.
     fn console(&self, instance: &str) -> String {
         let log = self.at("state/compute/instances").join(instance).join("console.log");
         String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned()
@@ -265,33 +340,15 @@ mod guest {
     fn a_guest_has_its_network_and_volume_outlives_its_agents_and_leaves_nothing_behind() {
         let mut cloud = Cloud::new();
         cloud.start_all();
-        let applied = cloud.with_manifest(&["apply", "--wait=60"]);
-        assert!(applied.contains("create"), "{applied}");
-        let held = cloud.held();
-        assert_eq!(held.len(), 8, "{held:?}");
-        assert!(held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
+        let guest = cloud.first_guest();
 
-        // It has its address from our DHCP server, sees its volume, and answers.
-        let network = cloud.get("network", "int1")["id"].as_str().unwrap().to_owned();
-        let instance = cloud.get("instance", "demo")["id"].as_str().unwrap().to_owned();
-        let port = cloud.get("port", "demo-port");
-        let address = port["document"]["spec"]["fixed_ips"][0]["address"].as_str().unwrap();
-        for told in [
-            format!("guest: eth0 has address {address}/24"),
-            "guest: /dev/vdb has 1073741824 bytes".to_owned(),
-            "guest: the router is 192.168.0.254".to_owned(),
-        ] {
-            wait_for_sync(LIMIT, &format!("{told:?} on the console"), || {
-                cloud.console(&instance).contains(&told).then_some(())
-            });
-        }
-        let log = cloud.agentctl(&["act", "instance/demo", "console-log"]);
-        assert!(log.lines().any(|line| line.starts_with("guest: /dev/vdb has")), "{log}");
-        let space = format!("qdhcp-{network}");
-        cloud.host.run(["ip", "netns", "exec", &space, "ping", "-n", "-c", "2", address]);
+        // It has its address from our DHCP server.
         let leases = cloud.agentctl(&["facts", "--type", "network", "-o", "json"]);
         let leases: Value = serde_json::from_str(&leases).unwrap();
         assert!(leases[0]["facts"]["dhcp"]["answered"].as_u64().unwrap() >= 2, "{leases}");
+
+        let log = cloud.agentctl(&["act", "instance/demo", "console-log"]);
+        assert!(log.lines().any(|line| line.starts_with("guest: /dev/vdb has")), "{log}");
 
         // Applied again, it changes nothing.
         let writes = AgentKind::ALL.map(|agent| cloud.writes(agent));
@@ -304,10 +361,9 @@ mod guest {
 
         // Agents are killed one by one and all at once; the guest does not notice, and neither
         // does the kernel when they come back.
-        let running = cloud.host.run(["virsh", "domid", &format!("instance-{}", &instance[..8])]);
-        let said = cloud.console(&instance);
-        let ping = ["ip", "netns", "exec", &space, "ping", "-n", "-i", "0.1", "-W", "5", address];
-        let mut ping = cloud.host.start(ping);
+        let running = cloud.host.run(["virsh", "domid", &guest.domain()]);
+        let said = cloud.console(&guest.instance);
+        let mut ping = cloud.host.start(guest.ping(["-i", "0.1", "-W", "5"]));
         ping.wait_for_output(LIMIT, "icmp_seq=1 ");
         for agent in AgentKind::ALL {
             cloud.kill(agent);
@@ -331,12 +387,9 @@ mod guest {
         let loss = ping.wait_for_output(LIMIT, "packet loss");
         assert!(loss.contains(" 0% packet loss"), "{loss}");
         ping.wait(LIMIT);
-        assert_eq!(
-            cloud.host.run(["virsh", "domid", &format!("instance-{}", &instance[..8])]),
-            running,
-            "the domain was started anew"
-        );
-        assert_eq!(cloud.console(&instance), said, "the guest noticed");
+        let runs = cloud.host.run(["virsh", "domid", &guest.domain()]);
+        assert_eq!(runs, running, "the domain was started anew");
+        assert_eq!(cloud.console(&guest.instance), said, "the guest noticed");
         let held = cloud.held();
         assert!(held.len() == 8 && held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
 
@@ -358,5 +411,29 @@ mod guest {
             let status = process.terminate(LIMIT);
             assert!(status.success(), "{agent}: {status}\n{}", process.output());
         }
+    }
+
+    #[test]
+    fn a_host_that_lost_its_power_has_its_guest_back_without_a_controller() {
+        let mut cloud = Cloud::new();
+        cloud.start_all();
+        let guest = cloud.first_guest();
+        let volume = cloud.files("storage/volumes");
+
+        cloud.lose_power();
+        wait_for_sync(LIMIT, "the guest to answer", || {
+            let ping =
+                ["exec", cloud.host.path()].into_iter().chain(guest.ping(["-c", "1", "-w", "1"]));
+            let answer = Command::new(Host::script()).args(ping).timeout(LIMIT).output().unwrap();
+            answer.status.success().then_some(())
+        });
+        cloud.wait_for_guest(&guest);
+        let held = cloud.held();
+        assert!(held.len() == 8 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        assert_eq!(cloud.files("storage/volumes"), volume);
+        let again = cloud.with_manifest(&["apply", "--wait=60"]);
+        assert!(!again.contains("create") && !again.contains("update"), "{again}");
+        cloud.with_manifest(&["delete", "--wait"]);
+        assert_eq!(cloud.host.run(["virsh", "list", "--all", "--name"]).trim(), "");
     }
 }
