@@ -48,7 +48,9 @@ pub fn parse_values(source: &str, text: &str) -> Result<Vec<Value>, DocumentErro
             .collect::<Result<_, _>>()
             .map_err(|error| fail(format!("not valid JSON: {error}")))?
     } else {
-        serde_saphyr::from_multiple(text)
+        // A name may be `no`, `on` or `y`.
+        let options = serde_saphyr::options! { strict_booleans: true };
+        serde_saphyr::from_multiple_with_options(text, options)
             .map_err(|error| fail(format!("not valid YAML: {error}")))?
     };
     Ok(values

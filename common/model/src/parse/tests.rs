@@ -42,6 +42,14 @@ fn several_yaml_documents_are_read_and_their_names_resolved() {
 }
 
 #[test]
+fn a_name_that_old_yaml_takes_for_a_boolean_is_a_name() {
+    for name in ["no", "y", "on", "Off"] {
+        let text = TWO.replacen("name: int1", &format!("name: {name}"), 1);
+        assert_eq!(parse("m.yaml", &text, "default").unwrap()[0].name.as_str(), name);
+    }
+}
+
+#[test]
 fn a_document_survives_json_and_back() {
     for document in parse("m.yaml", TWO, "default").unwrap() {
         assert_eq!(Document::from_value(&document.to_value()).unwrap(), document);

@@ -106,7 +106,7 @@ impl Layers {
         }
         if mode & 0o004 != 0 && holds_secret(&node, "") {
             let shown = path.display();
-            let remedy = format!("chgrp stackhand {shown} && chmod 0640 {shown}");
+            let remedy = format!("chgrp stackhand-agents {shown} && chmod 0640 {shown}");
             let what = "holds a password and everybody can read it";
             self.warnings.push(whole(what.into()).with_remedy(remedy));
         }

@@ -343,7 +343,7 @@ fn a_password_that_everybody_can_read_is_a_warning() {
         warnings,
         [
             "ETC/stackhand.toml: holds a password and everybody can read it; \
-             remedy: chgrp stackhand ETC/stackhand.toml && chmod 0640 ETC/stackhand.toml",
+             remedy: chgrp stackhand-agents ETC/stackhand.toml && chmod 0640 ETC/stackhand.toml",
             "ETC/stackhand.toml: everybody can write to it; remedy: chmod o-w ETC/stackhand.toml",
         ]
     );
