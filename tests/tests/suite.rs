@@ -2,6 +2,8 @@
 //!
 //! Everything runs in a network namespace of the test's own, so that the network agent's bridges
 //! and the broker's ports are nobody else's.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![expect(clippy::disallowed_methods, reason = "the runner limits a test's time")]
 
 use std::collections::BTreeMap;
 use std::fs;

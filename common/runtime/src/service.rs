@@ -387,6 +387,10 @@ impl<A: Agent> Handler for Api<A> {
                 match &result {
                     Ok(_) if changes => tracing::info!(%from, ?took, "request served"),
                     Ok(_) => tracing::debug!(%from, ?took, "request served"),
+                    // Whoever waits in slices times out all the time.
+                    Err(failure) if failure.class == ErrorCode::Timeout.class() => {
+                        tracing::debug!(%from, ?took, error = %failure, "request timed out");
+                    }
                     Err(failure) => {
                         tracing::warn!(%from, ?took, error = %failure, "request refused");
                     }
