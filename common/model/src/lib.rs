@@ -5,7 +5,7 @@
 //! types, their validation and their JSON Schema; it does no I/O and knows nothing of time.
 //!
 //! Ids are typed, so that a port's id cannot be passed where a network's belongs. What arrives
-//! from outside is parsed once, by [`Document::from_value`] or [`parse`], and trusted from then on.
+//! from outside is parsed once, by [`Document::from_value`] or [`parse()`], and trusted from then on.
 
 mod document;
 mod error;
