@@ -19,7 +19,8 @@ use crate::table::Row;
 const IDLE: Duration = Duration::from_secs(20);
 
 pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
-    let broker = tokio::task::spawn_blocking(Broker::start).await?;
+    // On this thread: the broker ends with the thread that started it.
+    let broker = Broker::start();
     let transport = AmqpTransport::connect(broker.url().parse()?, &AmqpOptions::default())?;
     // The stream is there before the first agent, as it is in a cloud that runs.
     let mut reports = transport.read(&heartbeats(), ReadFrom::Next, true).await?;

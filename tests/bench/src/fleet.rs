@@ -21,7 +21,8 @@ use crate::table::Row;
 const AGENTS: usize = 5_000;
 
 pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
-    let broker = tokio::task::spawn_blocking(Broker::start).await?;
+    // On this thread: the broker ends with the thread that started it.
+    let broker = Broker::start();
     let transport = AmqpTransport::connect(broker.url().parse()?, &AmqpOptions::default())?;
     let transport = &transport;
     stream::iter(0..AGENTS)

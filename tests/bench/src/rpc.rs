@@ -59,7 +59,8 @@ pub(crate) async fn serve(url: &str) -> anyhow::Result<()> {
 
 /// Measures both and compares.
 pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
-    let broker = tokio::task::spawn_blocking(Broker::start).await?;
+    // On this thread: the broker ends with the thread that started it.
+    let broker = Broker::start();
     let python = python().await?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../python/bench.py");
 
