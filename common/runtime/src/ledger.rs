@@ -399,6 +399,15 @@ impl Ledger {
         Nonces::new(self.clone())
     }
 
+    /// Returns once everything that was asked before is on disk; at once if it is already.
+    ///
+    /// # Errors
+    ///
+    /// A disk that takes no more.
+    pub async fn written(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::Written { reply }).await
+    }
+
     /// Writes what waits and closes the file. Later requests are refused.
     pub async fn close(&self) {
         let (reply, closed) = oneshot::channel();

@@ -260,7 +260,7 @@ async fn run<A: Agent, S: AgentSection>(
     };
     let statuses = Statuses::new(ledger.clone());
     let guard = match broker {
-        Some(_) if common.signing.required => Some(Guard::new(common, &ledger, &health)?),
+        Some(_) if common.signing.required => Some(Guard::new(common, &ledger)),
         _ => None,
     };
     let (agents, guards) = (Arc::clone(&agent), guard.clone());

@@ -264,6 +264,8 @@ impl<A: Agent> Api<A> {
             return Err(about(ErrorCode::WrongState, format!("{object} is being deleted")));
         }
         let _busy = self.begin("act")?;
+        // An action leaves no trace in the ledger; the nonce of its command must be on disk first.
+        self.parts.ledger.written().await?;
         let action = Action {
             object,
             document: entry.held.document,

@@ -7,8 +7,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
+use stackhand_bus::sign::NonceStore;
 use stackhand_model::{AgentKind, Document, ErrorCode};
 use stackhand_runtime::api::Change;
 use stackhand_runtime::ledger::{Admit, Ledger};
@@ -192,12 +194,20 @@ async fn a_full_disk_refuses_and_loses_nothing_and_all_is_well_when_there_is_roo
     let dry = ledger.apply(vec![group(0, 1, 200)], "req-1", true, admit()).await.unwrap();
     assert_eq!(dry.objects[0].change, Change::Unchanged, "the agent still answers");
     assert_eq!(ledger.desired().objects.len(), held);
+    // Enough of them that they do not fit into the room within the file.
+    for n in 0..1000 {
+        assert!(ledger.nonces().remember(&format!("{n:04000}"), Timestamp::MAX).await.unwrap());
+    }
+    let unwritten = ledger.written().await.unwrap_err();
+    assert_eq!(unwritten.code, ErrorCode::Exhausted, "{unwritten}");
 
     std::fs::remove_file(fill).unwrap();
     apply(7, 2).await.unwrap();
+    ledger.written().await.unwrap();
     ledger.close().await;
     let ledger = open(&dir);
     assert_eq!(ledger.desired().objects.len(), held);
+    assert_eq!(ledger.nonces().len(), 1000, "kept until there was room");
     ledger.close().await;
 }
 

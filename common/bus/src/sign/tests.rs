@@ -74,7 +74,7 @@ impl Host {
         let clock: Clock = Arc::new(move || *read.lock().unwrap());
         let key = vector_key();
         fs::write(folder.path().join("one.pub"), key.public("test key").to_string()).unwrap();
-        let trusted = Arc::new(TrustedKeys::load(folder.path()).unwrap());
+        let trusted = Arc::new(TrustedKeys::of(folder.path()));
         let nonces = Arc::new(MemoryNonces::new(Arc::clone(&clock)));
         Self {
             signer: Signer::with_clock(key, Arc::clone(&clock)),
@@ -228,7 +228,7 @@ fn keys_are_changed_without_a_restart_and_a_bad_file_spoils_no_other() {
     fs::write(path("bad.pub"), "ssh-rsa AAAA").unwrap();
     fs::write(path("latin.pub"), b"\xff\xfe").unwrap();
     fs::write(path("ignored.txt"), "whatever").unwrap();
-    let trusted = TrustedKeys::load(host.folder.path()).unwrap();
+    let trusted = TrustedKeys::of(host.folder.path());
     let problems = trusted.problems();
     assert_eq!(problems.len(), 2, "{problems:?}");
     assert!(problems[0].contains("bad.pub: line 1: a public key is"), "{problems:?}");
@@ -243,7 +243,24 @@ fn keys_are_changed_without_a_restart_and_a_bad_file_spoils_no_other() {
         host.verify(&host.signed(&target())).err()
     });
     host.verify(&by_next()).unwrap();
-    assert!(TrustedKeys::load(&path("nowhere")).is_err());
+}
+
+#[test]
+fn a_folder_of_keys_that_comes_later_is_taken_up_and_one_that_goes_ends_the_trust() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("trusted_controllers");
+    let trusted = TrustedKeys::of(&folder);
+    let problems = trusted.problems();
+    assert!(problems[0].contains("trusted_controllers: No such file"), "{problems:?}");
+    fs::create_dir(&folder).unwrap();
+    trusted.refresh();
+    assert_eq!(trusted.problems(), Vec::<String>::new(), "empty is no problem of the folder");
+    fs::write(folder.join("one.pub"), vector_key().public("").to_string()).unwrap();
+    trusted.refresh();
+    assert_eq!(trusted.all().len(), 1);
+    fs::remove_dir_all(&folder).unwrap();
+    trusted.refresh();
+    assert_eq!((trusted.all().len(), trusted.problems().len()), (0, 1));
 }
 
 #[test]

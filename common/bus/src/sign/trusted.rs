@@ -1,7 +1,8 @@
 //! The keys a host trusts: every `*.pub` file of one folder.
 //!
 //! Several keys may be trusted at once, which is how keys are changed: add the new one
-//! everywhere, let the controllers sign with it, take the old one away.
+//! everywhere, let the controllers sign with it, take the old one away. The folder may come after
+//! the agent: until then nobody is trusted, and [`TrustedKeys::problems`] says why.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::key::{KeyError, KeyId, MAX_FILE, PublicKey};
+use super::key::{KeyId, MAX_FILE, PublicKey};
 
 /// How often the folder is looked at, at most.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -27,8 +28,8 @@ pub struct TrustedKeys {
 struct Loaded {
     keys: BTreeMap<KeyId, PublicKey>,
     problems: Vec<String>,
-    /// What the files looked like when they were read.
-    seen: Vec<Seen>,
+    /// What the files looked like when they were read; `None` where the folder cannot be listed.
+    seen: Option<Vec<Seen>>,
     checked: Instant,
 }
 
@@ -36,16 +37,18 @@ struct Loaded {
 type Seen = (PathBuf, u64, i64, i64, u64);
 
 impl TrustedKeys {
-    /// Reads the keys of `folder`. A file that is no key is warned about and passed over.
-    ///
-    /// # Errors
-    ///
-    /// When the folder itself cannot be read.
-    pub fn load(folder: &Path) -> Result<Self, KeyError> {
-        let list = |source| KeyError::File { action: "list", path: folder.to_owned(), source };
-        let seen = look(folder).map_err(list)?;
-        let loaded = Mutex::new(read(seen));
-        Ok(Self { folder: folder.to_owned(), loaded })
+    /// The keys of `folder`. A file that is no key is warned about and passed over.
+    #[must_use]
+    pub fn of(folder: &Path) -> Self {
+        let loaded = Loaded {
+            keys: BTreeMap::new(),
+            problems: Vec::new(),
+            seen: None,
+            checked: Instant::now(),
+        };
+        let trusted = Self { folder: folder.to_owned(), loaded: Mutex::new(loaded) };
+        trusted.refresh();
+        trusted
     }
 
     /// The key called `id`, if it is trusted now.
@@ -87,19 +90,23 @@ impl TrustedKeys {
 fn refresh(folder: &Path, loaded: &mut Loaded) {
     loaded.checked = Instant::now();
     match look(folder) {
-        Ok(seen) if seen == loaded.seen => {}
+        Ok(seen) if loaded.seen.as_ref() == Some(&seen) => {}
         Ok(seen) => {
             *loaded = read(seen);
-            tracing::info!(keys = loaded.keys.len(), "trusted controller keys read again");
+            tracing::info!(keys = loaded.keys.len(), "trusted controller keys read");
         }
         Err(error) => {
             // Without the folder nobody is known to be trusted.
-            let problem = format!("cannot list {}: {error}", folder.display());
+            let folder = folder.display();
+            let problem = format!(
+                "cannot list {folder}: {error}; no command over the broker is obeyed until it is \
+                 there, with the public keys of the controllers"
+            );
             if loaded.problems.first() != Some(&problem) {
                 tracing::warn!(problem, "no controller is trusted");
             }
             loaded.keys.clear();
-            loaded.seen.clear();
+            loaded.seen = None;
             loaded.problems = vec![problem];
         }
     }
@@ -136,7 +143,7 @@ fn read(seen: Vec<Seen>) -> Loaded {
             }
         }
     }
-    Loaded { keys, problems, seen, checked: Instant::now() }
+    Loaded { keys, problems, seen: Some(seen), checked: Instant::now() }
 }
 
 /// The keys of one file: one a line, `#` begins a comment line.

@@ -1,8 +1,9 @@
 //! Nonces of signed commands that were seen, kept until their window has passed.
 //!
 //! A nonce is known to this process at once, and stands in line for the disk before the command
-//! that it came with. So whatever a command changed, its nonce is on disk no later, and the
-//! command cannot be replayed to an agent that has just started.
+//! that it came with. So whatever a command changes in the ledger, its nonce is on disk no later;
+//! a command that changes the host at once waits for [`Ledger::written`] first. Neither can be
+//! replayed to an agent that has just started.
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -38,13 +39,12 @@ impl Nonces {
         if image.nonces.get(nonce).is_some_and(|&until| until >= now) {
             return Ok(None);
         }
-        let expired: Vec<_> = image.nonces.iter().filter(|(_, until)| **until < now).collect();
-        if image.nonces.len() - expired.len() >= MOST {
+        let expired = image.nonces.extract_if(.., |_, until| *until < now).take(SWEEP);
+        let mut changes: Changes = expired.map(|(nonce, _)| (nonce, None)).collect();
+        if image.nonces.len() >= MOST {
             let problem = format!("{MOST} are remembered already; try again in a minute");
             return Err(NonceError(problem));
         }
-        let expired = expired.into_iter().take(SWEEP).map(|(nonce, _)| (nonce.clone(), None));
-        let mut changes: Changes = expired.collect();
         changes.push((nonce.to_owned(), Some(expiry)));
         image.nonces.insert(nonce.to_owned(), expiry);
         Ok(Some(changes))

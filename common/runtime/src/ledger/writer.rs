@@ -56,6 +56,10 @@ pub(super) enum Command {
     Nonces {
         changes: Vec<(String, Option<u64>)>,
     },
+    /// Answered when all that came before is written.
+    Written {
+        reply: Reply<()>,
+    },
     Close {
         reply: oneshot::Sender<()>,
     },
@@ -154,6 +158,7 @@ impl Writer {
                 self.later(reply, ());
             }
             Command::Nonces { changes } => self.batch.nonces.extend(changes),
+            Command::Written { reply } => self.later(reply, ()),
             Command::Close { .. } => {}
         }
     }
@@ -286,6 +291,12 @@ impl Writer {
             Err(error) => {
                 let refusal = error.refusal();
                 tracing::error!(error = %refusal, "the ledger takes no writes");
+                // Nobody sends a nonce again: it goes with the next batch. One that has expired
+                // need not; it is taken out when the ledger is next opened and written.
+                let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
+                let still_good = |until: &Option<u64>| until.is_some_and(|until| until >= now);
+                self.batch.nonces = batch.nonces;
+                self.batch.nonces.retain(|(_, until)| still_good(until));
                 // Back to what readers see; the file is looked at before the next write.
                 self.working = Desired::clone(&self.shared.read().desired);
                 self.control = self.shared.control.borrow().clone();
@@ -307,7 +318,7 @@ impl Writer {
             image.desired = Arc::new(Desired { objects, revision });
             image.accepted = accepted;
             image.journal = journal;
-            image.nonces = nonces;
+            image.nonces.extend(nonces);
             drop(image);
             self.shared.control.send_replace(control);
             self.shared.revision.send_replace(revision);
@@ -362,11 +373,6 @@ impl Writer {
                 Some(value) => image.journal.insert(key, value),
                 None => image.journal.remove(&key),
             };
-        }
-        for (nonce, expiry) in batch.nonces {
-            if expiry.is_none() {
-                image.nonces.remove(&nonce);
-            }
         }
         drop(image);
         if changed {

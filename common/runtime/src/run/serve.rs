@@ -19,7 +19,6 @@ use crate::heartbeat::{self, Reporter};
 use crate::ledger::Ledger;
 use crate::lifecycle::Shutdown;
 use crate::metrics::Metrics;
-use crate::run::StartError;
 use crate::service::Api;
 
 /// Who hears about the link.
@@ -60,26 +59,14 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    /// Reads the trusted keys. Where their folder cannot be read nobody is trusted, and health
-    /// says so: the local socket serves as ever.
-    pub(super) fn new(
-        common: &CommonSettings,
-        ledger: &Ledger,
-        health: &Health,
-    ) -> Result<Self, StartError> {
+    /// Reads the trusted keys. Where their folder cannot be read nobody is trusted, and the
+    /// heartbeat says so: the local socket serves as ever.
+    pub(super) fn new(common: &CommonSettings, ledger: &Ledger) -> Self {
         let signing = &common.signing;
-        let keys = TrustedKeys::load(&signing.trusted_controllers).or_else(|error| {
-            let reason = format!("{error}; make the folder and start the agent again");
-            tracing::warn!(reason, "no command over the broker will be obeyed");
-            health.not_ready("signing", reason);
-            let nobody = common.state_dir.join("no_trusted_controllers");
-            std::fs::create_dir_all(&nobody)?;
-            TrustedKeys::load(&nobody).map_err(StartError::from)
-        })?;
-        let keys = Arc::new(keys);
+        let keys = Arc::new(TrustedKeys::of(&signing.trusted_controllers));
         let verifier = Verifier::new(Arc::clone(&keys), Arc::new(ledger.nonces()))
             .with_window(signing.window());
-        Ok(Self { keys, verifier: Arc::new(verifier) })
+        Self { keys, verifier: Arc::new(verifier) }
     }
 
     /// What operators should know: keys that cannot be read, and clocks that seem to differ.
@@ -221,17 +208,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn without_a_folder_of_keys_nobody_is_obeyed_and_health_says_why() {
+    async fn without_a_folder_of_keys_nobody_is_obeyed_and_the_heartbeat_says_why() {
         let dir = tempfile::tempdir().unwrap();
         let mut common = CommonSettings::for_agent("network");
         common.state_dir = dir.path().to_owned();
         common.signing.trusted_controllers = dir.path().join("trusted_controllers");
         let ledger = Ledger::open(dir.path(), AgentKind::Network, "compute1").unwrap();
-        let health = Health::new();
-        let guard = Guard::new(&common, &ledger, &health).unwrap();
-        let unready = health.unready();
-        assert_eq!(unready[0].part, "signing");
-        assert!(unready[0].reason.contains("trusted_controllers"), "{}", unready[0].reason);
+        let guard = Guard::new(&common, &ledger);
+        let troubles = guard.troubles();
+        assert!(troubles[0].contains("trusted_controllers"), "{troubles:?}");
 
         let service = Service {
             exchange: "stackhand".into(),
@@ -249,6 +234,5 @@ mod tests {
         };
         guard.verifier.verify(&service, &delivered).await.unwrap_err();
         assert_eq!(guard.verifier.refused()["unsigned"], 1);
-        assert_eq!(guard.troubles(), Vec::<String>::new());
     }
 }

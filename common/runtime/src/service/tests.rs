@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 
 use serde_json::json;
 use stackhand_bus::memory::MemoryBroker;
+use stackhand_bus::sign::NonceStore;
 use stackhand_bus::{BusError, CallLimits, Request, ServerHandle, Target, Transport};
 use stackhand_model::{Kind, State};
 use tokio::task::JoinHandle;
@@ -265,6 +266,37 @@ async fn actions_reach_the_agent_for_objects_that_are_held() {
     client.delete(&[object(1)]).await.unwrap();
     let refused = refusal(client.act(object(1), "poke", Value::Null).await);
     assert_eq!(refused.code, ErrorCode::WrongState);
+}
+
+#[tokio::test]
+async fn an_action_waits_until_the_nonce_that_it_came_with_is_on_disk() {
+    let alive = alive().await;
+    let client = &alive.client;
+    client.apply(&[group(1, "fails", 0)]).await.unwrap();
+    // The writer is held up in the agent's judgement of another request.
+    let (go, held) = std::sync::mpsc::channel::<()>();
+    let (began, judging) = tokio::sync::oneshot::channel();
+    let turn = std::sync::Mutex::new(Some((began, held)));
+    let admit: Admit = Arc::new(move |_, _| {
+        if let Some((began, held)) = turn.lock().unwrap().take() {
+            began.send(()).unwrap();
+            held.recv().unwrap();
+        }
+        Ok(())
+    });
+    let ledger = alive.bench.with.ledger.clone();
+    let other = tokio::spawn({
+        let ledger = ledger.clone();
+        async move { ledger.apply(vec![group(2, "ok", 0)], "req-1", false, admit).await }
+    });
+    judging.await.unwrap();
+    assert!(ledger.nonces().remember("n1", Timestamp::MAX).await.unwrap());
+    let mut acting = std::pin::pin!(client.act(object(1), "poke", Value::Null));
+    let early = tokio::time::timeout(Duration::from_millis(100), &mut acting).await;
+    assert!(early.is_err(), "acted with the nonce not on disk: {early:?}");
+    go.send(()).unwrap();
+    acting.await.unwrap();
+    other.await.unwrap().unwrap();
 }
 
 #[tokio::test]
