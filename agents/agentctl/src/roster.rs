@@ -257,11 +257,6 @@ pub(crate) fn table(rows: &[AgentRow], table: &mut Table) {
             (true, false) => Cell::toned(":-)", Tone::Warning),
             (false, _) => Cell::toned("xxx", Tone::Bad),
         };
-        let admin = match (&row.paused, row.enabled) {
-            (Some(_), _) => Cell::toned("paused", Tone::Warning),
-            (None, true) => Cell::from("enabled"),
-            (None, false) => Cell::toned("disabled", Tone::Warning),
-        };
         let age = row.age_seconds.map_or_else(|| "-".to_owned(), |age| duration(age.max(0)));
         let started = row.started_at.map(|time| time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
         let count = |state| {
@@ -274,7 +269,7 @@ pub(crate) fn table(rows: &[AgentRow], table: &mut Table) {
             Cell::from(row.host.as_str()),
             Cell::from(row.zone.as_str()),
             alive,
-            admin,
+            admin(row.enabled, row.paused.is_some()),
             Cell::from(row.version.as_str()),
             Cell::from(age),
             Cell::from(started.unwrap_or_default()),
@@ -284,6 +279,15 @@ pub(crate) fn table(rows: &[AgentRow], table: &mut Table) {
             Cell::from(signed),
             Cell::from(row.reasons.join("; ")),
         ]);
+    }
+}
+
+/// What operators set, in a word; the reasons tell the rest.
+pub(crate) fn admin(enabled: bool, paused: bool) -> Cell {
+    match (paused, enabled) {
+        (true, _) => Cell::toned("paused", Tone::Warning),
+        (false, true) => Cell::from("enabled"),
+        (false, false) => Cell::toned("disabled", Tone::Warning),
     }
 }
 

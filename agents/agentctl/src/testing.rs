@@ -223,6 +223,10 @@ impl FakeAgent {
                 state.control.reason = args["reason"].as_str().map(str::to_owned);
                 encode(serde_json::to_value(&state.control))
             }
+            "pause" | "resume" => {
+                state.control.paused = args["reason"].as_str().map(str::to_owned);
+                encode(serde_json::to_value(&state.control))
+            }
             "apply" => {
                 let documents: Vec<Document> =
                     serde_json::from_value(args["resources"].clone()).unwrap();

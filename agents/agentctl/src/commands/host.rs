@@ -9,22 +9,31 @@ use stackhand_runtime::api::Control;
 use super::Session;
 use crate::exit::{Exit, Usage, chain};
 use crate::fleet::{Filter, ask_all};
+use crate::roster::admin;
 use crate::table::Cell;
 
-/// Enable or disable a host for new objects.
+/// Enable or disable a host for new objects; pause and resume its agents.
 ///
 /// What runs on a disabled host goes on running, and its documents can still be changed;
-/// `agentctl apply` chooses other hosts for new objects. With --local it is this host.
+/// `agentctl apply` chooses other hosts for new objects. A paused agent accepts documents and
+/// changes nothing on its host, while somebody works there by hand; nothing it made stops. Both
+/// last until they are taken back, also over restarts. With --local it is this host.
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Examples:
   agentctl host disable node1 --reason 'new fan on Monday'
   agentctl host enable node1
-  agentctl host disable --local --type compute --reason 'libvirt upgrade'")]
+  agentctl host disable --local --type compute --reason 'libvirt upgrade'
+  agentctl host pause node1 --type network --reason 'looking at its bridges'
+  agentctl host resume node1")]
 pub(crate) enum HostCommand {
     /// Let controllers choose the host for new objects
-    Enable(Enable),
+    Enable(Plain),
     /// Keep controllers from choosing the host for new objects
-    Disable(Disable),
+    Disable(WithReason),
+    /// Have the agents change nothing on the host
+    Pause(WithReason),
+    /// Let paused agents work again
+    Resume(Plain),
 }
 
 #[derive(Args, Debug)]
@@ -37,13 +46,13 @@ pub(crate) struct Target {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Enable {
+pub(crate) struct Plain {
     #[command(flatten)]
     target: Target,
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Disable {
+pub(crate) struct WithReason {
     #[command(flatten)]
     target: Target,
     /// Why; shown by `agentctl list`
@@ -61,9 +70,9 @@ struct Row {
 }
 
 pub(crate) async fn run(command: &HostCommand, session: &mut Session) -> Result<Exit> {
-    let (target, enabled, reason) = match command {
-        HostCommand::Enable(it) => (&it.target, true, None),
-        HostCommand::Disable(it) => (&it.target, false, Some(it.reason.as_str())),
+    let target = match command {
+        HostCommand::Enable(it) | HostCommand::Resume(it) => &it.target,
+        HostCommand::Disable(it) | HostCommand::Pause(it) => &it.target,
     };
     let fleet = session.fleet().await?;
     if target.host.is_none() && !fleet.is_local() {
@@ -72,7 +81,12 @@ pub(crate) async fn run(command: &HostCommand, session: &mut Session) -> Result<
     let filter = Filter { host: target.host.clone(), agent: target.agent };
     let (living, down) = fleet.living(&filter).await?;
     let set = |member: crate::fleet::Member| async move {
-        member.client.set_admin(enabled, reason).await
+        match command {
+            HostCommand::Enable(_) => member.client.set_admin(true, None).await,
+            HostCommand::Disable(it) => member.client.set_admin(false, Some(&it.reason)).await,
+            HostCommand::Pause(it) => member.client.pause(Some(&it.reason)).await,
+            HostCommand::Resume(_) => member.client.resume().await,
+        }
     };
     let mut rows = Vec::new();
     let mut exit = if down.is_empty() { Exit::Well } else { Exit::NotWell };
@@ -95,12 +109,19 @@ pub(crate) async fn run(command: &HostCommand, session: &mut Session) -> Result<
     session.console.print(&rows, |out| {
         out.headers(&["HOST", "TYPE", "ADMIN", "REASON"]);
         for row in &rows {
-            let admin = if row.control.enabled { "enabled" } else { "disabled" };
-            let reason = row.control.reason.as_deref().unwrap_or_default();
-            let host = row.host.as_str();
-            out.row([Cell::from(host), row.agent.as_str().into(), admin.into(), reason.into()]);
+            out.row([
+                Cell::from(row.host.as_str()),
+                row.agent.as_str().into(),
+                admin(row.control.enabled, row.control.paused.is_some()),
+                why(&row.control).into(),
+            ]);
         }
     })?;
     fleet.close().await;
     Ok(exit)
+}
+
+fn why(control: &Control) -> String {
+    let reasons = [&control.paused, &control.reason].into_iter().filter_map(Option::as_deref);
+    reasons.collect::<Vec<_>>().join("; ")
 }

@@ -243,6 +243,21 @@ async fn a_disabled_host_is_not_chosen_and_its_reason_is_kept() {
 }
 
 #[tokio::test]
+async fn an_agent_is_paused_with_a_reason_and_resumed() {
+    let cloud = Cloud::start(&["node1"]).await;
+    let line = ["host", "pause", "node1", "--type", "network", "--reason", "looking at bridges"];
+    let paused = cloud.run(&line).await;
+    assert_eq!(paused.exit, Exit::Well, "{paused:?}");
+    assert_eq!(paused.out.lines().count(), 2, "{}", paused.out);
+    assert!(paused.out.contains("node1  network  paused  looking at bridges"), "{}", paused.out);
+    cloud.report(&cloud.agent("node1", AgentKind::Network).report(0)).await;
+    let listed = cloud.run(&["list", "--type", "network"]).await;
+    assert!(listed.out.contains("paused: looking at bridges"), "{}", listed.out);
+    let resumed = cloud.run(&["host", "resume", "node1"]).await;
+    assert_eq!((resumed.exit, resumed.out.matches("enabled").count()), (Exit::Well, 3));
+}
+
+#[tokio::test]
 async fn only_one_controller_applies_at_a_time() {
     use stackhand_bus::Transport as _;
     let cloud = Cloud::start(&["node1"]).await;
