@@ -22,12 +22,12 @@ use tokio::sync::OwnedMutexGuard;
 use crate::config::{ComputeSection, VirtType};
 use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
-use crate::fetches::Fetches;
 use crate::hypervisor::{DomainChange, Hypervisor, OffReason, Power};
-use crate::image::ImageCache;
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
 use probe::{Probe, Probed};
+use stackhand_image::Fetches;
+use stackhand_image::{ImageCache, ImageTool};
 
 /// Instances that are worked on at once.
 const AT_ONCE: usize = 6;
@@ -79,7 +79,9 @@ impl<H: Hypervisor> ComputeAgent<H> {
         wake: Wake,
     ) -> Self {
         let (images, instances) = (state_dir.join("images"), state_dir.join("instances"));
-        let cache = ImageCache::new(&images, section.max_image_gib << 30);
+        let tool =
+            ImageTool::new(&section.qemu_img, u64::from(section.convert_timeout_minutes) * 60);
+        let cache = ImageCache::new(&images, section.max_image_gib << 30, tool.clone());
         Self {
             host: host.to_owned(),
             section: section.clone(),
@@ -87,7 +89,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
             fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
             cache,
             images,
-            store: Store::new(&instances, &section.qemu_img),
+            store: Store::new(&instances, tool),
             instances,
             wake,
             memory: Arc::default(),

@@ -22,6 +22,9 @@ pub struct ComputeSection {
     pub max_image_gib: u64,
     /// Most images fetched at once, 1 to 64. Default: 2.
     pub concurrent_fetches: u32,
+    /// Minutes that the conversion of an image may take, of time and of a processor, 1 to 1440.
+    /// Default: 60.
+    pub convert_timeout_minutes: u32,
     /// Seconds that a guest gets to shut itself down before the plug is pulled, 1 to 3600.
     /// Default: 60.
     pub shutdown_timeout_seconds: u32,
@@ -51,6 +54,7 @@ impl Default for ComputeSection {
             disk_cache: "none".into(),
             max_image_gib: 1024,
             concurrent_fetches: 2,
+            convert_timeout_minutes: 60,
             shutdown_timeout_seconds: 60,
             qemu_img: "/usr/bin/qemu-img".into(),
         }
@@ -63,6 +67,7 @@ impl AgentSection for ComputeSection {
     fn check(&self, problems: &mut Problems) {
         problems.range("compute.max_image_gib", self.max_image_gib, 1..=65_536);
         problems.range("compute.concurrent_fetches", self.concurrent_fetches, 1..=64);
+        problems.range("compute.convert_timeout_minutes", self.convert_timeout_minutes, 1..=1440);
         problems.range("compute.shutdown_timeout_seconds", self.shutdown_timeout_seconds, 1..=3600);
         problems.absolute("compute.qemu_img", &self.qemu_img);
         let caches = ["none", "writeback", "writethrough", "directsync", "unsafe"];

@@ -11,6 +11,17 @@ use stackhand_runtime::agent::{Desired, Refusal};
 
 use crate::domain::domain_name;
 
+/// Formats of images that a root disk can start from.
+const DISKS: [ImageFormat; 7] = [
+    ImageFormat::Raw,
+    ImageFormat::Qcow2,
+    ImageFormat::Vmdk,
+    ImageFormat::Vhd,
+    ImageFormat::Vhdx,
+    ImageFormat::Vdi,
+    ImageFormat::Ami,
+];
+
 /// The documents held, by kind.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
@@ -110,12 +121,6 @@ pub fn admit(host: &str, wanted: &Wanted, changed: &BTreeSet<ObjectRef>) -> Resu
 }
 
 fn image(spec: &ImageSpec) -> Result<(), Refusal> {
-    let supported =
-        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Kernel, ImageFormat::Ramdisk];
-    if !supported.contains(&spec.format) {
-        let message = format!("format {:?} is not supported yet: convert it to qcow2", spec.format);
-        return Err(Refusal::new(ErrorCode::Unsupported, message).at("spec.format"));
-    }
     if spec.source.starts_with("http") {
         let message = "http is not supported yet: fetch it and name its absolute path";
         return Err(Refusal::new(ErrorCode::Unsupported, message).at("spec.source"));
@@ -151,7 +156,7 @@ fn instance(host: &str, wanted: &Wanted, spec: &InstanceSpec) -> Result<(), Refu
         }
         _ => Ok(()),
     };
-    formats(spec.image, &[ImageFormat::Raw, ImageFormat::Qcow2], "spec.image")?;
+    formats(spec.image, &DISKS, "spec.image")?;
     formats(spec.kernel, &[ImageFormat::Kernel], "spec.kernel")?;
     formats(spec.ramdisk, &[ImageFormat::Ramdisk], "spec.ramdisk")?;
     if let Some(image) = spec.image.and_then(|id| wanted.images.get(&id))

@@ -169,7 +169,7 @@ impl Blueprint {
     pub fn definition(&self) -> Result<String, Unwritable> {
         let text = self.write(&Mark { id: self.id.0, generation: 0, definition: String::new() })?;
         let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
-        Ok(crate::hex(digest.as_ref()))
+        Ok(stackhand_image::hex(digest.as_ref()))
     }
 
     /// The domain XML, marked as made from `generation` of the document.

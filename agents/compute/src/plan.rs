@@ -25,9 +25,9 @@ use uuid::Uuid;
 use crate::desired::Wanted;
 use crate::domain::Engine;
 use crate::hypervisor::{DomainChange, DomainSeen};
-use crate::image::CacheSeen;
 use crate::store::{Record, StoreSeen};
 pub(crate) use instance::{is_ours, local_path};
+use stackhand_image::{CacheSeen, FetchState};
 
 /// One change to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,15 +99,6 @@ pub struct Fashion {
     pub images: PathBuf,
     /// Folder of instances.
     pub instances: PathBuf,
-}
-
-/// A fetch that runs in the background, or ran.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FetchState {
-    /// How far it is, 0 to 100.
-    pub percent: u64,
-    /// Why it ended, if it failed.
-    pub failure: Option<String>,
 }
 
 /// Everything the planner knows of the host.
@@ -235,13 +226,22 @@ fn image(wanted: &Wanted, situation: &Situation, id: ImageId, steps: &mut Vec<St
     match fetch {
         Some(FetchState { failure: Some(failure), .. }) => Outcome::failed(failure.clone()),
         Some(fetch) => Outcome::Pending {
-            reason: format!("fetching, {} % done", fetch.percent),
+            reason: progress(fetch),
             observed: json!({"progress_percent": fetch.percent}),
         },
         None => {
             steps.push(Step::Fetch(id));
             pending("fetching has begun")
         }
+    }
+}
+
+/// How far a fetch is, in words.
+fn progress(fetch: &FetchState) -> String {
+    if fetch.converting {
+        "fetched, being converted".to_owned()
+    } else {
+        format!("fetching, {} % done", fetch.percent)
     }
 }
 

@@ -16,19 +16,13 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use stackhand_kernel::exec::{ExecError, Program};
+use stackhand_image::{ImageTool, ToolError};
 use stackhand_model::{FileFormat, ImageId, InstanceId, PowerState};
 
 use crate::files::{
     FileError, failed, make_passage, make_readable, names, read_json, remove, sync_folder,
     write_json,
 };
-
-/// Memory that qemu-img may use, in bytes.
-const QEMU_IMG_MEMORY: u64 = 1 << 30;
-
-/// Processor seconds that qemu-img may use.
-const QEMU_IMG_SECONDS: u32 = 60;
 
 /// What an instance was made from, and how it was left.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,21 +109,21 @@ pub enum DiskError {
     File(#[from] FileError),
     /// qemu-img failed.
     #[error(transparent)]
-    Program(#[from] ExecError),
+    Tool(#[from] ToolError),
 }
 
 /// The folder of all instances. Calls block unless they are async.
 #[derive(Clone, Debug)]
 pub struct Store {
     folder: PathBuf,
-    qemu_img: PathBuf,
+    tool: ImageTool,
 }
 
 impl Store {
     /// The store in `folder`, using the image tool at `qemu_img`.
     #[must_use]
-    pub fn new(folder: &Path, qemu_img: &Path) -> Self {
-        Self { folder: folder.to_owned(), qemu_img: qemu_img.to_owned() }
+    pub fn new(folder: &Path, tool: ImageTool) -> Self {
+        Self { folder: folder.to_owned(), tool }
     }
 
     /// The folder of an instance.
@@ -214,21 +208,7 @@ impl Store {
     ) -> Result<(), DiskError> {
         let (disk, partial) = (self.disk(id), self.path(id).join("disk.partial"));
         remove(&partial)?;
-        let format = match format {
-            FileFormat::Raw => "raw",
-            FileFormat::Qcow2 => "qcow2",
-        };
-        // prlimit keeps the image tool within bounds, whatever it is given.
-        Program::new("/usr/bin/prlimit")
-            .arg(format!("--as={QEMU_IMG_MEMORY}"))
-            .arg(format!("--cpu={QEMU_IMG_SECONDS}"))
-            .arg(self.qemu_img.display().to_string())
-            .args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"])
-            .arg(base.display().to_string())
-            .arg(partial.display().to_string())
-            .arg(bytes.to_string())
-            .run()
-            .await?;
+        self.tool.make_overlay(&partial, base, format, bytes).await?;
         let finish = move || {
             File::open(&partial)
                 .and_then(|file| file.sync_all())
@@ -295,7 +275,10 @@ mod tests {
     #[test]
     fn a_folder_is_prepared_noted_and_removed() {
         let root = tempfile::tempdir().unwrap();
-        let store = Store::new(&root.path().join("instances"), Path::new("/usr/bin/qemu-img"));
+        let store = Store::new(
+            &root.path().join("instances"),
+            ImageTool::new(Path::new("/usr/bin/qemu-img"), 60),
+        );
         assert_eq!(store.look().unwrap(), StoreSeen::default());
         let record = Record { seen_running: Some(4), ..Record::default() };
         store.prepare(ID, &record).unwrap();
@@ -315,7 +298,10 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
         let root = tempfile::tempdir().unwrap();
-        let store = Store::new(&root.path().join("instances"), Path::new("/usr/bin/qemu-img"));
+        let store = Store::new(
+            &root.path().join("instances"),
+            ImageTool::new(Path::new("/usr/bin/qemu-img"), 60),
+        );
         store.prepare(ID, &Record::default()).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&root.path().join("instances")), mode(&store.path(ID))), (0o711, 0o711));
@@ -325,7 +311,7 @@ mod tests {
     #[test]
     fn the_end_of_a_long_console_log_is_read() {
         let root = tempfile::tempdir().unwrap();
-        let store = Store::new(root.path(), Path::new("/usr/bin/qemu-img"));
+        let store = Store::new(root.path(), ImageTool::new(Path::new("/usr/bin/qemu-img"), 60));
         assert_eq!(store.read_console(ID, 10).unwrap(), (String::new(), false));
         store.prepare(ID, &Record::default()).unwrap();
         fs::write(store.console_log(ID), b"0123456789abc\xff").unwrap();

@@ -30,6 +30,7 @@ use stackhand_model::AgentKind;
 pub use options::command;
 
 use crate::agent::Agent;
+use crate::chain;
 use crate::config::{AgentSection, Begin, Loaded, Settings};
 use crate::events::{EventLog, NewEvent};
 use crate::health::Health;
@@ -399,17 +400,6 @@ fn export<S: AgentSection>(loaded: &Loaded<S>, agent: AgentKind) -> ExitCode {
 fn fail(what: &str, error: &(dyn Error + 'static)) -> ExitCode {
     tell(io::stderr(), &format!("error: {what}: {}\n", chain(error)));
     ExitCode::from(exit::FAILED)
-}
-
-/// An error and its causes in one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 /// Writes text out. A reader that went away is no error.

@@ -232,11 +232,7 @@ fn what_can_never_work_is_refused_at_the_door() {
         let refusal = judge(instance(fields.clone())).unwrap_err();
         assert_eq!((refusal.code, refusal.field.as_deref()), (code, Some(field)), "{fields}");
     }
-    for spec in [
-        json!({"source": "http://example.org/x", "format": "raw"}),
-        json!({"source": "/x", "format": "vmdk"}),
-    ] {
-        let refusal = judge(document("Image", 8, &spec)).unwrap_err();
-        assert_eq!(refusal.code, ErrorCode::Unsupported, "{spec}");
-    }
+    let spec = json!({"source": "http://example.org/x", "format": "raw"});
+    let refusal = judge(document("Image", 8, &spec)).unwrap_err();
+    assert_eq!(refusal.code, ErrorCode::Unsupported);
 }

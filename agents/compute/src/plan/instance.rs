@@ -4,12 +4,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stackhand_model::{
-    Connection, FileFormat, ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState,
-};
+use stackhand_model::{Connection, ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState};
 use stackhand_runtime::agent::Outcome;
 
-use super::{Fashion, Situation, Step, pending};
+use super::{Fashion, Situation, Step, pending, progress};
 use crate::desired::{Wanted, Wish};
 use crate::domain::{Blueprint, Disk, DiskSource, KernelBoot, Nic, domain_name, tap_name};
 use crate::hypervisor::{DomainChange, DomainSeen, OffReason, Power};
@@ -239,16 +237,11 @@ fn root_disk(
         };
     }
     let cached = resolve(wanted, situation, image)?;
-    let format = match cached.format {
-        ImageFormat::Raw => FileFormat::Raw,
-        ImageFormat::Qcow2 => FileFormat::Qcow2,
-        other => {
-            return Err(Stop::Fails(format!(
-                "{} has format {other:?}, which is no disk",
-                wanted.call(image)
-            )));
-        }
-    };
+    if matches!(cached.format, ImageFormat::Kernel | ImageFormat::Ramdisk) {
+        let format = cached.format;
+        let reason = format!("{} has format {format:?}, which is no disk", wanted.call(image));
+        return Err(Stop::Fails(reason));
+    }
     let least = wanted.images.get(&image).map_or(0, |image| image.spec.min_disk_gib) * GIB;
     let least = least.max(cached.virtual_bytes);
     let bytes = if spec.root_disk_gib == 0 { least } else { spec.root_disk_gib * GIB };
@@ -261,7 +254,7 @@ fn root_disk(
         )));
     }
     let pinned = Pinned { image, contents: cached.contents.clone() };
-    record.base = Some(Base { pinned, format });
+    record.base = Some(Base { pinned, format: cached.disk });
     Ok(Some(bytes.next_multiple_of(512)))
 }
 
@@ -286,7 +279,7 @@ fn resolve<'a>(
     wanted: &Wanted,
     situation: &'a Situation,
     image: ImageId,
-) -> Result<&'a crate::image::CachedImage, Stop> {
+) -> Result<&'a stackhand_image::CachedImage, Stop> {
     let name = wanted.call(image);
     let Some(wish) = wanted.images.get(&image).filter(|wish| !wish.deleting) else {
         return Err(Stop::Waits(format!("waits for {name}: it is not known here")));
@@ -299,7 +292,7 @@ fn resolve<'a>(
     Err(Stop::Waits(match situation.fetches.get(&image) {
         Some(fetch) => match &fetch.failure {
             Some(failure) => format!("waits for {name}, which failed: {failure}"),
-            None => format!("waits for {name}: fetching, {} % done", fetch.percent),
+            None => format!("waits for {name}: {}", progress(fetch)),
         },
         None => format!("waits for {name}: it is not in the cache"),
     }))

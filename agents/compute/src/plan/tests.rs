@@ -6,8 +6,8 @@ use stackhand_runtime::agent::{Desired, Held};
 use super::*;
 use crate::hypervisor::fake::Host;
 use crate::hypervisor::{OffReason, Power};
-use crate::image::CachedImage;
 use crate::store::FolderSeen;
+use stackhand_image::CachedImage;
 
 /// A host that exists only in memory: the planner's situation, changed by the planner's steps.
 struct World {
@@ -81,6 +81,7 @@ impl World {
                     source: spec.source.clone(),
                     checksum: spec.checksum.clone(),
                     format: spec.format,
+                    disk: FileFormat::Qcow2,
                     contents,
                     bytes: 1 << 20,
                     virtual_bytes: 3 << 30,

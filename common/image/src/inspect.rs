@@ -5,16 +5,32 @@
 //! file as an extent. So nothing that refers to another file is let in, the format is told to
 //! QEMU and never guessed, and a raw image must not look like any of those formats.
 
+mod foreign;
+
 use stackhand_model::ImageFormat;
 
-/// Bytes of an image that are looked at.
+/// Bytes at the beginning of an image that are looked at.
 pub const HEADER_BYTES: usize = 64 << 10;
+
+/// Bytes at its end that are looked at.
+pub const TAIL_BYTES: usize = 512;
+
+/// The parts of an image that are looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Its first [`HEADER_BYTES`], or all.
+    pub header: Vec<u8>,
+    /// Its last [`TAIL_BYTES`], or all.
+    pub tail: Vec<u8>,
+    /// Its length.
+    pub bytes: u64,
+}
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inspected {
-    /// Size of the disk that it holds.
-    pub virtual_bytes: u64,
+    /// Size of the disk that it holds; `None` if its header does not tell.
+    pub virtual_bytes: Option<u64>,
 }
 
 /// Why an image is not let in.
@@ -41,46 +57,50 @@ pub enum Refused {
         what: &'static str,
     },
     /// It would become too large.
-    #[error("its disk has {bytes} bytes and the limit is {most}; see compute.max_image_gib")]
+    #[error("its disk has {bytes} bytes and the limit is {most}; see max_image_gib")]
     TooLarge {
         /// Size of its disk.
         bytes: u64,
         /// The limit.
         most: u64,
     },
-    /// Not built yet.
-    #[error("format {0:?} is not supported yet: convert it to qcow2 or raw")]
-    Unsupported(ImageFormat),
 }
 
-/// Judges an image by its first [`HEADER_BYTES`] and its length.
+/// Judges an image.
 ///
 /// # Errors
 ///
 /// Refuses what is not what it should be, refers to other files, or is too large.
 pub fn inspect(
     declared: ImageFormat,
-    header: &[u8],
-    file_bytes: u64,
+    sample: &Sample,
     most_bytes: u64,
 ) -> Result<Inspected, Refused> {
+    let header = sample.header.as_slice();
     let found = look(header);
-    let virtual_bytes = match declared {
-        ImageFormat::Qcow2 if found == "qcow2" => qcow2(header)?,
-        ImageFormat::Raw if found == "raw" => file_bytes,
-        ImageFormat::Kernel | ImageFormat::Ramdisk if found == "raw" => file_bytes,
-        ImageFormat::Qcow2 | ImageFormat::Raw | ImageFormat::Kernel | ImageFormat::Ramdisk => {
-            return Err(Refused::Mismatch { declared, found });
+    let mismatch = Refused::Mismatch { declared, found };
+    let virtual_bytes = match (declared, found) {
+        (ImageFormat::Qcow2, "qcow2") => Some(qcow2(header)?),
+        (ImageFormat::Vmdk, "vmdk") => Some(foreign::vmdk(header)?),
+        // One of fixed size has its header at its end alone.
+        (ImageFormat::Vhd, "vhd" | "raw") => {
+            Some(foreign::vhd(&sample.tail).ok_or(mismatch).and_then(|found| found)?)
         }
-        other => return Err(Refused::Unsupported(other)),
+        // The size is in a table that may lie anywhere; QEMU's tool tells it.
+        (ImageFormat::Vhdx, "vhdx") => None,
+        (ImageFormat::Vdi, "vdi") => Some(foreign::vdi(header)?),
+        (ImageFormat::Iso, "raw") if foreign::is_iso(header) => Some(sample.bytes),
+        (
+            ImageFormat::Raw | ImageFormat::Ami | ImageFormat::Kernel | ImageFormat::Ramdisk,
+            "raw",
+        ) => Some(sample.bytes),
+        _ => return Err(mismatch),
     };
-    if virtual_bytes == 0 {
-        return Err(Refused::Malformed { what: "it is empty" });
+    match virtual_bytes {
+        Some(0) => Err(Refused::Malformed { what: "it is empty" }),
+        Some(bytes) if bytes > most_bytes => Err(Refused::TooLarge { bytes, most: most_bytes }),
+        virtual_bytes => Ok(Inspected { virtual_bytes }),
     }
-    if virtual_bytes > most_bytes {
-        return Err(Refused::TooLarge { bytes: virtual_bytes, most: most_bytes });
-    }
-    Ok(Inspected { virtual_bytes })
 }
 
 /// What the bytes look like; `raw` if like nothing in particular.
@@ -216,8 +236,14 @@ mod tests {
         header
     }
 
+    fn sample(header: &[u8], bytes: u64) -> Sample {
+        let tail = header[header.len().saturating_sub(TAIL_BYTES)..].to_vec();
+        Sample { header: header.to_vec(), tail, bytes }
+    }
+
     fn judge(header: &[u8]) -> Result<u64, Refused> {
-        inspect(ImageFormat::Qcow2, header, 200_000, LIMIT).map(|image| image.virtual_bytes)
+        let image = inspect(ImageFormat::Qcow2, &sample(header, 200_000), LIMIT)?;
+        Ok(image.virtual_bytes.unwrap())
     }
 
     #[test]
@@ -251,7 +277,7 @@ mod tests {
         let petabyte = judge(&with(24, &(1_u64 << 50).to_be_bytes()));
         assert!(matches!(petabyte, Err(Refused::TooLarge { .. })), "{petabyte:?}");
         assert!(judge(&with(24, &[0; 8])).is_err());
-        assert!(inspect(ImageFormat::Raw, &[], 0, LIMIT).is_err());
+        assert!(inspect(ImageFormat::Raw, &sample(&[], 0), LIMIT).is_err());
     }
 
     #[test]
@@ -288,18 +314,14 @@ mod tests {
         ] {
             for declared in [ImageFormat::Raw, ImageFormat::Kernel] {
                 assert_eq!(
-                    inspect(declared, &header, 4096, LIMIT),
+                    inspect(declared, &sample(&header, 4096), LIMIT),
                     Err(Refused::Mismatch { declared, found: name })
                 );
             }
         }
-        assert!(inspect(ImageFormat::Qcow2, &[0; 512], 4096, LIMIT).is_err());
-        assert_eq!(
-            inspect(ImageFormat::Vmdk, vmdk, 4096, LIMIT),
-            Err(Refused::Unsupported(ImageFormat::Vmdk))
-        );
-        let disk = inspect(ImageFormat::Raw, &[0xeb; 512], 4096, LIMIT);
-        assert_eq!(disk, Ok(Inspected { virtual_bytes: 4096 }));
+        assert!(inspect(ImageFormat::Qcow2, &sample(&[0; 512], 4096), LIMIT).is_err());
+        let disk = inspect(ImageFormat::Raw, &sample(&[0xeb; 512], 4096), LIMIT);
+        assert_eq!(disk, Ok(Inspected { virtual_bytes: Some(4096) }));
     }
 
     proptest! {

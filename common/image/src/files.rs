@@ -1,4 +1,4 @@
-//! Small files of the agent's own folders, written so that a power cut leaves the old or the new.
+//! Small files of an agent's own folders, written so that a power cut leaves the old or the new.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -20,7 +20,8 @@ pub struct FileError {
     pub source: io::Error,
 }
 
-pub(crate) fn failed<'a>(
+/// Turns an I/O error into one that names what was tried, on what.
+pub fn failed<'a>(
     action: &'static str,
     path: &'a Path,
 ) -> impl FnOnce(io::Error) -> FileError + use<'a> {
@@ -29,7 +30,11 @@ pub(crate) fn failed<'a>(
 
 /// Makes a folder that guests' processes, which run as other users, can pass through to a file
 /// whose name they were given. Whatever the umask says.
-pub(crate) fn make_passage(folder: &Path) -> Result<(), FileError> {
+///
+/// # Errors
+///
+/// Fails if the folder cannot be made or its mode set.
+pub fn make_passage(folder: &Path) -> Result<(), FileError> {
     fs::create_dir_all(folder).map_err(failed("make folder", folder))?;
     let mode = fs::metadata(folder).map_err(failed("look at", folder))?.permissions().mode();
     if mode & 0o777 != 0o711 {
@@ -41,12 +46,20 @@ pub(crate) fn make_passage(folder: &Path) -> Result<(), FileError> {
 
 /// Makes an empty file that is ours, if there is none, for somebody with more rights to write to:
 /// a log that libvirt makes belongs to root and could not be read.
-pub(crate) fn make_readable(path: &Path) -> Result<(), FileError> {
+///
+/// # Errors
+///
+/// Fails if the file cannot be made.
+pub fn make_readable(path: &Path) -> Result<(), FileError> {
     OpenOptions::new().append(true).create(true).open(path).map(drop).map_err(failed("make", path))
 }
 
 /// Names in a folder; none if there is no folder.
-pub(crate) fn names(folder: &Path) -> Result<Vec<String>, FileError> {
+///
+/// # Errors
+///
+/// Fails if the folder cannot be listed.
+pub fn names(folder: &Path) -> Result<Vec<String>, FileError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -60,7 +73,11 @@ pub(crate) fn names(folder: &Path) -> Result<Vec<String>, FileError> {
 }
 
 /// Removes a file; one that is not there is removed already.
-pub(crate) fn remove(path: &Path) -> Result<(), FileError> {
+///
+/// # Errors
+///
+/// Fails if it is there and stays.
+pub fn remove(path: &Path) -> Result<(), FileError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
         _ => Ok(()),
@@ -68,11 +85,20 @@ pub(crate) fn remove(path: &Path) -> Result<(), FileError> {
 }
 
 /// Makes renames and removals in a folder survive a power cut.
-pub(crate) fn sync_folder(folder: &Path) -> Result<(), FileError> {
+///
+/// # Errors
+///
+/// Fails if the folder cannot be synced.
+pub fn sync_folder(folder: &Path) -> Result<(), FileError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync folder", folder))
 }
 
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
+/// Reads a value; `None` if there is no file.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read or holds something else.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
     let text = match fs::read(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -83,7 +109,12 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, F
         .map_err(|error| failed("understand", path)(error.into()))
 }
 
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FileError> {
+/// Writes a value in place of the one that was there, on disk when this returns.
+///
+/// # Errors
+///
+/// Fails if it cannot be written; the old value stays then.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FileError> {
     let mut text =
         serde_json::to_vec(value).map_err(|error| failed("write", path)(error.into()))?;
     text.push(b'\n');
@@ -98,4 +129,18 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), File
         .map_err(failed("write", temporary))?;
     fs::rename(temporary, path).map_err(failed("rename to", path))?;
     path.parent().map_or(Ok(()), sync_folder)
+}
+
+/// Runs file work on a thread that may block.
+///
+/// # Errors
+///
+/// Those of the work, or that it broke off.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, FileError> + Send + 'static,
+) -> Result<T, FileError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        let source = io::Error::other(error);
+        Err(FileError { action: "finish work on", path: "files".into(), source })
+    })
 }
