@@ -10,10 +10,13 @@ pub(crate) mod check;
 pub(crate) mod complete;
 pub(crate) mod draft;
 pub(crate) mod expand;
+pub(crate) mod floating;
 pub(crate) mod held;
 pub(crate) mod hosts;
 pub(crate) mod place;
 pub(crate) mod plan;
+pub(crate) mod shelf;
 pub(crate) mod source;
+pub(crate) mod spots;
 #[cfg(test)]
 mod tests;

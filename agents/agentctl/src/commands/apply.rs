@@ -19,7 +19,7 @@ use crate::exit::Exit;
 use crate::fleet::Filter;
 use crate::manifest::held::Place;
 use crate::manifest::plan::{Action, Plan};
-use crate::manifest::source::{self, Piece, Values};
+use crate::manifest::source::{self, Piece};
 use crate::objects::{Gathered, gather_all};
 use crate::progress::watch;
 use crate::table::{Cell, Table, Tone};
@@ -32,7 +32,10 @@ pub(crate) struct Sources {
     files: Vec<PathBuf>,
     /// What ${NAME} in the manifest stands for; may be repeated
     #[arg(long = "set", value_parser = source::parse_set, value_name = "NAME=VALUE")]
-    values: Vec<(String, String)>,
+    set: Vec<(String, String)>,
+    /// A file of such values, `NAME: value` a line; may be repeated, --set wins
+    #[arg(long, value_name = "FILE")]
+    values: Vec<PathBuf>,
     /// A host that is down and will not come back: what it may hold is not waited for; may be
     /// repeated
     #[arg(long, value_name = "HOST")]
@@ -46,7 +49,7 @@ impl Sources {
     ///
     /// Every problem of all files.
     pub(crate) fn read(&self) -> Result<Vec<Piece>> {
-        let values: Values = self.values.iter().cloned().collect();
+        let values = source::values(&self.values, &self.set)?;
         Ok(source::read(&self.files, &values)?)
     }
 }
@@ -83,12 +86,12 @@ pub(crate) struct Apply {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl plan -f cloud.yaml
-  agentctl diff -f cloud.yaml --steps")]
+  agentctl diff -f cloud.yaml -v")]
 pub(crate) struct PlanCommand {
     #[command(flatten)]
     sources: Sources,
     /// Show what would be done on the hosts too, in the kernel's terms
-    #[arg(long)]
+    #[arg(short = 'v', long)]
     steps: bool,
 }
 

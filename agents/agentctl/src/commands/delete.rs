@@ -18,7 +18,7 @@ use crate::fleet::Filter;
 use crate::manifest::draft::drafts;
 use crate::manifest::expand::{MADE_FOR, expand};
 use crate::manifest::held::{Held, Place};
-use crate::manifest::source::{self, Values};
+use crate::manifest::source;
 use crate::objects::{self, Gathered, gather_all};
 use crate::progress::{Target, watch};
 use crate::table::Cell;
@@ -44,7 +44,10 @@ pub(crate) struct Delete {
     files: Vec<PathBuf>,
     /// What ${NAME} in the manifest stands for; may be repeated
     #[arg(long = "set", value_parser = source::parse_set, value_name = "NAME=VALUE")]
-    values: Vec<(String, String)>,
+    set: Vec<(String, String)>,
+    /// A file of such values, `NAME: value` a line; may be repeated, --set wins
+    #[arg(long, value_name = "FILE")]
+    values: Vec<PathBuf>,
     /// Wait until all are gone, telling how they get on; at most this many seconds
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true,
           default_missing_value = "300", value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -64,7 +67,7 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
     let named = match args.kind {
         Some(_) => None,
         None => {
-            let values: Values = args.values.iter().cloned().collect();
+            let values = source::values(&args.values, &args.set)?;
             Some(source::read(&args.files, &values)?)
         }
     };
@@ -81,8 +84,10 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
     let mut wanted: BTreeMap<ObjectRef, String> = BTreeMap::new();
     match (named, args.kind) {
         (Some(pieces), _) => {
-            let drafts =
-                drafts(expand(pieces, fleet.cloud()), fleet.cloud()).map_err(Usage::several)?;
+            let cloud = fleet.cloud();
+            let drafts = expand(pieces, cloud)
+                .and_then(|pieces| drafts(pieces, cloud))
+                .map_err(Usage::several)?;
             wanted.extend(drafts.into_iter().map(|(it, draft)| (it, draft.name().to_owned())));
         }
         (None, Some(kind)) => {

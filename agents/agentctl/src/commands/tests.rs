@@ -301,7 +301,7 @@ async fn a_wrong_manifest_is_told_before_anything_is_sent() {
     assert_eq!(wrong.err.lines().count(), 2, "{}", wrong.err);
     assert!(
         wrong.err.contains(
-            "document 1: Network int1: spec.subnets[0].gateway: 1.1.1.1 is not in 192.168.0.0/24"
+            "m.yaml:4:72: Network int1: spec.subnets[0].gateway: 1.1.1.1 is not in 192.168.0.0/24"
         ),
         "{}",
         wrong.err

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::allocate;
 use super::draft::{Draft, Drafts};
+use super::floating::external_network;
 use super::held::Held;
 
 /// Fills in segments of networks, addresses of DHCP servers, of ports and of floating IPs.
@@ -162,26 +163,6 @@ impl Used {
     /// A certain address, if it is free.
     fn take_this(&mut self, network: Uuid, address: IpAddr) -> Option<IpAddr> {
         self.addresses.entry(network).or_default().insert(address).then_some(address)
-    }
-}
-
-/// The network that a router's gateway leads to.
-fn external_network(router: Uuid, drafts: &Drafts, held: &Held) -> Option<Uuid> {
-    let router = ObjectRef { kind: Kind::Router, id: router };
-    let port = match drafts.get(&router) {
-        Some(draft) => draft.field("gateway")?.get("port")?.as_str()?.parse().ok()?,
-        None => match &held.newest(router)?.spec {
-            Spec::Router(spec) => spec.gateway.as_ref()?.port.0,
-            _ => return None,
-        },
-    };
-    let port = ObjectRef { kind: Kind::Port, id: port };
-    match drafts.get(&port) {
-        Some(draft) => draft.id("network"),
-        None => match &held.newest(port)?.spec {
-            Spec::Port(spec) => Some(spec.network.0),
-            _ => None,
-        },
     }
 }
 

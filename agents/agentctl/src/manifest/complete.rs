@@ -12,7 +12,7 @@ use super::draft::{Draft, Drafts, drafts};
 use super::expand::{MADE_FOR, expand};
 use super::held::Held;
 use super::source::Piece;
-use super::{addresses, check, hosts};
+use super::{addresses, check, floating, hosts};
 
 /// The label that names the cloud of a document.
 pub(crate) const CLOUD: &str = "cloud";
@@ -37,8 +37,9 @@ pub(crate) fn complete(
     held: &Held,
     cloud: &str,
 ) -> Result<Completed, Vec<String>> {
-    let mut drafts = drafts(expand(pieces, cloud), cloud)?;
+    let mut drafts = drafts(expand(pieces, cloud)?, cloud)?;
     let mut problems = Vec::new();
+    floating::bind(&mut drafts, held, cloud, &mut problems);
     hosts::choose(&mut drafts, held, &mut problems);
     addresses::choose(&mut drafts, held, &mut problems);
 
@@ -80,9 +81,8 @@ pub(crate) fn complete(
 /// Adds a problem, unless it is but the consequence of another: a field that could not be chosen
 /// is missing, too.
 fn tell(draft: &Draft, problem: String, problems: &mut Vec<String>) {
-    let about = draft.problem("", "");
-    let about = about.trim_end_matches([':', ' ']);
-    let told = problems.iter().any(|it| it.starts_with(about));
+    let about = format!(": {}: ", draft.title());
+    let told = problems.iter().any(|it| it.contains(&about));
     let consequence = ["missing field", "is needed"].iter().any(|it| problem.contains(it));
     if !(told && consequence) {
         problems.push(problem);

@@ -4,16 +4,17 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use stackhand_model::{Document, Kind, ObjectRef, resolve_names};
+use stackhand_model::{Document, DocumentError, Kind, ObjectRef, resolve_names};
 use uuid::Uuid;
 
 use super::source::Piece;
+use super::spots::Origin;
 
 /// One document that may still have gaps.
 #[derive(Clone, Debug)]
 pub(crate) struct Draft {
     /// Where it was written.
-    pub(crate) place: String,
+    pub(crate) origin: Origin,
     /// As written, for error messages.
     pub(crate) raw: Value,
     /// With names resolved and gaps filled.
@@ -26,9 +27,14 @@ pub(crate) type Drafts = BTreeMap<ObjectRef, Draft>;
 impl Draft {
     /// A problem of this document, told with its place.
     pub(crate) fn problem(&self, field: &str, problem: impl std::fmt::Display) -> String {
+        format!("{}: {}: {field}: {problem}", self.origin.of(field), self.title())
+    }
+
+    /// `Port web`, or as much of it as was written.
+    pub(crate) fn title(&self) -> String {
         let kind = self.value["kind"].as_str().unwrap_or("document");
         let name = self.value["name"].as_str().unwrap_or("without a name");
-        format!("{}: {kind} {name}: {field}: {problem}", self.place)
+        format!("{kind} {name}")
     }
 
     /// The name as written.
@@ -61,6 +67,11 @@ impl Draft {
         if let Some(Value::Object(spec)) = self.value.get_mut("spec") {
             spec.insert(name.to_owned(), value.into());
         }
+    }
+
+    /// Takes a field out of the spec.
+    pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
+        self.value.get_mut("spec")?.as_object_mut()?.remove(name)
     }
 
     /// The elements of a list in the spec.
@@ -100,9 +111,19 @@ impl Draft {
     /// What is missing or wrong, with the place.
     pub(crate) fn read(&self) -> Result<Document, String> {
         Document::from_value(&self.value).map_err(|mut error| {
-            error.location = Some(self.place.clone());
+            error.location = Some(self.origin.of(&written(&error)));
             error.to_string()
         })
+    }
+}
+
+/// The field that an error is about, an unknown one included.
+fn written(error: &DocumentError) -> String {
+    let field = &error.field;
+    match error.problem.strip_prefix("unknown field `").and_then(|rest| rest.split_once('`')) {
+        Some((name, _)) if field.is_empty() => name.to_owned(),
+        Some((name, _)) if !field.ends_with(name) => format!("{field}.{name}"),
+        _ => field.clone(),
     }
 }
 
@@ -114,10 +135,10 @@ impl Draft {
 pub(crate) fn drafts(pieces: Vec<Piece>, cloud: &str) -> Result<Drafts, Vec<String>> {
     let mut drafts = Drafts::new();
     let mut problems = Vec::new();
-    for Piece { place, value: raw } in pieces {
+    for Piece { origin, value: raw } in pieces {
         let mut value = raw.clone();
         resolve_names(cloud, &mut value);
-        let draft = Draft { place, raw, value };
+        let draft = Draft { origin, raw, value };
         let kind = draft.value["kind"].as_str().and_then(|kind| kind.parse::<Kind>().ok());
         let id = draft.value["id"].as_str().and_then(|id| id.parse::<Uuid>().ok());
         let (Some(kind), Some(id), Some(_)) = (kind, id, draft.value["name"].as_str()) else {
@@ -127,7 +148,9 @@ pub(crate) fn drafts(pieces: Vec<Piece>, cloud: &str) -> Result<Drafts, Vec<Stri
         };
         let object = ObjectRef { kind, id };
         if let Some(first) = drafts.get(&object) {
-            problems.push(draft.problem("name", format!("is already used in {}", first.place)));
+            problems.push(
+                draft.problem("name", format!("is already used at {}", first.origin.of("name"))),
+            );
             continue;
         }
         drafts.insert(object, draft);

@@ -1,7 +1,7 @@
 //! Manifests as text: which files, `${NAME}` replaced, parsed into plain values.
 //!
-//! Only `${NAME}` is replaced, and only from `--set`: neither the environment nor commands are
-//! looked at, so a manifest means the same everywhere. `$${` stands for `${`.
+//! Only `${NAME}` is replaced, and only from `--set` and `--values`: neither the environment nor
+//! commands are looked at, so a manifest means the same everywhere. `$${` stands for `${`.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -10,18 +10,19 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use stackhand_model::{nearest, parse_values};
 
+use super::spots::Origin;
 use crate::exit::Usage;
 
 /// One document as written, and where it stands.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Piece {
-    /// Source and number, such as `web.yaml, document 2`.
-    pub(crate) place: String,
+    /// Where it was written.
+    pub(crate) origin: Origin,
     /// The document.
     pub(crate) value: Value,
 }
 
-/// Values of `--set`.
+/// What `${NAME}`s stand for.
 pub(crate) type Values = BTreeMap<String, String>;
 
 /// Reads `K=V` as clap gives it.
@@ -31,10 +32,82 @@ pub(crate) type Values = BTreeMap<String, String>;
 /// Text without `=` or with an odd name.
 pub(crate) fn parse_set(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("must be of the form NAME=VALUE")?;
+    check_value(name, value)?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn check_value(name: &str, value: &str) -> Result<(), String> {
     if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
         return Err(format!("{name:?} is not a name of letters, digits and underscores"));
     }
-    Ok((name.to_owned(), value.to_owned()))
+    // It is put into the text, where a further line would be a further field.
+    if value.chars().any(char::is_control) {
+        return Err(format!("the value of {name} has more than one line or control characters"));
+    }
+    Ok(())
+}
+
+/// All values: those of the files of `--values`, and over them those of `--set`.
+///
+/// # Errors
+///
+/// As [`read_values`].
+pub(crate) fn values(files: &[PathBuf], set: &[(String, String)]) -> Result<Values, Usage> {
+    let mut values = read_values(files)?;
+    values.extend(set.iter().cloned());
+    Ok(values)
+}
+
+/// Reads the files of `--values`, each a list of `NAME: value` in YAML or JSON. Later ones win.
+///
+/// # Errors
+///
+/// Every problem of all files.
+fn read_values(paths: &[PathBuf]) -> Result<Values, Usage> {
+    let mut values = Values::new();
+    let mut problems = Vec::new();
+    for path in paths {
+        let source = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => match parse_settings(&source, &text) {
+                Ok(more) => values.extend(more),
+                Err(more) => problems.extend(more),
+            },
+            Err(error) => problems.push(format!("cannot read {source}: {error}")),
+        }
+    }
+    if problems.is_empty() { Ok(values) } else { Err(Usage::several(problems)) }
+}
+
+fn parse_settings(source: &str, text: &str) -> Result<Values, Vec<String>> {
+    let documents = parse_values(source, text).map_err(|error| vec![error.to_string()])?;
+    let origins = Origin::of_text(source, text, documents.len());
+    let mut values = Values::new();
+    let mut problems = Vec::new();
+    for (document, origin) in documents.into_iter().zip(origins) {
+        let Value::Object(fields) = document else {
+            problems.push(format!("{origin}: must be a list of NAME: value"));
+            continue;
+        };
+        for (name, value) in fields {
+            let value = match value {
+                Value::String(text) => text,
+                Value::Number(number) => number.to_string(),
+                Value::Bool(yes) => yes.to_string(),
+                _ => {
+                    problems.push(format!("{}: {name}: must be text", origin.of(&name)));
+                    continue;
+                }
+            };
+            match check_value(&name, &value) {
+                Ok(()) => {
+                    values.insert(name, value);
+                }
+                Err(problem) => problems.push(format!("{}: {problem}", origin.of(&name))),
+            }
+        }
+    }
+    if problems.is_empty() { Ok(values) } else { Err(problems) }
 }
 
 /// Reads every document of the files, folders (their `.yaml`, `.yml` and `.json` files, by name)
@@ -73,11 +146,8 @@ pub(crate) fn read(paths: &[PathBuf], values: &Values) -> Result<Vec<Piece>, Usa
 pub(crate) fn parse(source: &str, text: &str, values: &Values) -> Result<Vec<Piece>, Vec<String>> {
     let text = substitute(source, text, values)?;
     let values = parse_values(source, &text).map_err(|error| vec![error.to_string()])?;
-    Ok(values
-        .into_iter()
-        .enumerate()
-        .map(|(index, value)| Piece { place: format!("{source}, document {}", index + 1), value })
-        .collect())
+    let origins = Origin::of_text(source, &text, values.len());
+    Ok(values.into_iter().zip(origins).map(|(value, origin)| Piece { origin, value }).collect())
 }
 
 fn texts(path: &Path) -> Result<Vec<(String, String)>, String> {
@@ -146,7 +216,7 @@ fn substitute(source: &str, text: &str, values: &Values) -> Result<String, Vec<S
                         .map(|near| format!("; did you mean ${{{near}}}?"))
                         .unwrap_or_default();
                     problems.push(format!(
-                        "{source}:{}: ${{{name}}} has no value; give one with --set {name}=…{hint}",
+                        "{source}:{}: ${{{name}}} has no value; give one with --set {name}=… or --values{hint}",
                         number + 1
                     ));
                 }
@@ -181,7 +251,7 @@ mod tests {
         assert_eq!(
             problems.unwrap_err(),
             [
-                "m.yaml:2: ${HOTS} has no value; give one with --set HOTS=…; did you mean ${HOST}?",
+                "m.yaml:2: ${HOTS} has no value; give one with --set HOTS=… or --values; did you mean ${HOST}?",
                 "m.yaml:3: `${` without `}`",
             ]
         );
@@ -198,7 +268,7 @@ mod tests {
         let pieces = read(&[folder.path().to_owned()], &Values::new()).unwrap();
         let names: Vec<&Value> = pieces.iter().map(|piece| &piece.value["name"]).collect();
         assert_eq!(names, ["one", "two", "three"]);
-        assert!(pieces[2].place.ends_with("b.yaml, document 2"), "{}", pieces[2].place);
+        assert!(pieces[2].origin.of("name").ends_with("b.yaml:3:7"), "{}", pieces[2].origin);
     }
 
     #[test]
@@ -216,6 +286,23 @@ mod tests {
     fn a_setting_has_a_name_and_a_value() {
         assert_eq!(parse_set("A_1=b=c"), Ok(("A_1".into(), "b=c".into())));
         assert!(parse_set("A").is_err() && parse_set("=x").is_err() && parse_set("a-b=x").is_err());
+        assert!(parse_set("A=1\nadmin: yes").is_err());
+    }
+
+    #[test]
+    fn a_file_of_values_holds_plain_text_numbers_and_booleans() {
+        let read = parse_settings("v.yaml", "HOST: node1\nN: 2\nON: true\n").unwrap();
+        assert_eq!(read, values(&[("HOST", "node1"), ("N", "2"), ("ON", "true")]));
+        let problems = parse_settings("v.yaml", "HOST: [a]\nA-B: x\nL: |\n  a\n  b\n");
+        assert_eq!(
+            problems.unwrap_err(),
+            [
+                "v.yaml:2:6: \"A-B\" is not a name of letters, digits and underscores",
+                "v.yaml:1:1: HOST: must be text",
+                "v.yaml:4:3: the value of L has more than one line or control characters",
+            ]
+        );
+        assert!(parse_settings("v.yaml", "7").is_err());
     }
 
     proptest! {

@@ -53,7 +53,7 @@ spec: {network: int1, security_groups: [basic]}
 ---
 kind: FloatingIp
 name: web-fip
-spec: {router: router1, port: web}
+spec: {network: ext1, instance: demo}
 ---
 kind: Image
 name: tiny
@@ -396,9 +396,9 @@ spec: {vcpus: 0, memory_mib: 64, image: x}
 ";
     let problems = completed(text, &held).unwrap_err();
     let expected = [
-        "m.yaml, document 1: Port lost: spec.host: is needed: nothing that has a host uses it; hosts are node1, node2",
-        "m.yaml, document 2: Volume v: spec.host: no storage-agent is known on \"nod1\"; did you mean node1?",
-        "m.yaml, document 3: Instance i: spec.vcpus: 0 is outside 1 to 512",
+        "m.yaml:4:1: Port lost: spec.host: is needed: nothing that has a host uses it; hosts are node1, node2",
+        "m.yaml:8:14: Volume v: spec.host: no storage-agent is known on \"nod1\"; did you mean node1?",
+        "m.yaml:12:15: Instance i: spec.vcpus: 0 is outside 1 to 512",
     ];
     for expected in expected {
         assert!(problems.iter().any(|it| it == expected), "{expected}: {problems:#?}");
@@ -412,7 +412,7 @@ fn a_reference_that_leads_nowhere_is_told_by_its_name() {
     assert_eq!(
         completed(&text, &held).unwrap_err(),
         [
-            "m.yaml, document 5: Port web: spec.security_groups[0]: there is no SecurityGroup \"basik\" in the manifest or at the agents; did you mean \"basic\"?"
+            "m.yaml:33:41: Port web: spec.security_groups[0]: there is no SecurityGroup \"basik\" in the manifest or at the agents; did you mean \"basic\"?"
         ]
     );
 }
@@ -426,7 +426,7 @@ fn an_address_is_not_given_out_twice() {
     assert_eq!(
         completed(text, &held).unwrap_err(),
         [
-            "m.yaml, document 1: Port thief: spec.fixed_ips[0].address: 192.168.0.2 is already that of Port web"
+            "m.yaml:3:48: Port thief: spec.fixed_ips[0].address: 192.168.0.2 is already that of Port web"
         ]
     );
 }
@@ -436,7 +436,7 @@ fn the_same_object_twice_is_an_error() {
     let text = "kind: Network\nname: net\nspec: {type: local}\n---\nkind: networks\nname: net\nspec: {type: local}";
     assert_eq!(
         completed(text, &cloud(&["node1"])).unwrap_err(),
-        ["m.yaml, document 2: Network net: name: is already used in m.yaml, document 1"]
+        ["m.yaml:6:7: Network net: name: is already used at m.yaml:2:7"]
     );
 }
 
@@ -479,10 +479,10 @@ fn what_may_be_out_of_sight_is_not_made_a_second_time() {
     // It said that it holds nothing of the kind: no harm.
     let nothing = Some([(Kind::Snapshot, 3)].into());
     assert_eq!(down(AgentKind::Storage, nothing), Ok(()));
-    let volume = "m.yaml, document 1: Volume v: spec.host: cannot be chosen while storage-agent on node2 is down, which may hold it; write the host, or give --assume-lost node2 if it will not come back";
+    let volume = "m.yaml:3:1: Volume v: spec.host: cannot be chosen while storage-agent on node2 is down, which may hold it; write the host, or give --assume-lost node2 if it will not come back";
     let some = Some([(Kind::Volume, 1)].into());
     assert_eq!(down(AgentKind::Storage, some), Err(vec![volume.to_owned()]));
-    let network = "m.yaml, document 2: Network net: spec.segment: cannot be chosen while network-agent on node2 is down, which may hold networks; write the number, or give --assume-lost node2 if it will not come back";
+    let network = "m.yaml:7:1: Network net: spec.segment: cannot be chosen while network-agent on node2 is down, which may hold networks; write the number, or give --assume-lost node2 if it will not come back";
     assert_eq!(down(AgentKind::Network, None), Err(vec![volume.to_owned(), network.to_owned()]));
     held.assume_lost(&["node2".to_owned()]);
     assert!(completed(text, &held).is_ok());
