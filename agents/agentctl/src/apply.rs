@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use stackhand_bus::BusError;
-use stackhand_model::{AgentKind, Connector, Document, ErrorCode, ObjectRef, Spec};
+use stackhand_model::{AgentKind, Connector, Document, ErrorCode, IscsiClient, ObjectRef, Spec};
 use stackhand_runtime::api::Condition;
 use stackhand_runtime::client::{AgentClient, ClientError};
 
@@ -73,6 +73,10 @@ fn connector(host: &str, facts: &Value) -> Connector {
     Connector {
         host: host.to_owned(),
         initiator: text("initiator").map(str::to_owned),
+        client: match text("client") {
+            Some("host") => IscsiClient::Host,
+            _ => IscsiClient::Qemu,
+        },
         address: text("address").and_then(|address| address.parse().ok()),
     }
 }
