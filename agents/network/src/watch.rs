@@ -117,7 +117,7 @@ impl Watcher {
 async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
     loop {
         while let Some(event) = monitor.next().await {
-            if !matters(&event) {
+            if !matters(&event, !reopen) {
                 continue;
             }
             debug!(?event, "the host changed");
@@ -147,8 +147,8 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
 }
 
 /// Whether an event could concern what we made or wait for. Uplinks have any name, so a link that
-/// belongs to a bridge counts, and one that appears or goes.
-fn matters(event: &Event) -> bool {
+/// belongs to a bridge counts, and one that appears or goes. Routes are ours in namespaces alone.
+fn matters(event: &Event, inside: bool) -> bool {
     match event {
         Event::Link(link) => {
             names::may_matter(&link.name)
@@ -161,5 +161,6 @@ fn matters(event: &Event) -> bool {
         | Event::AddressGone(_)
         | Event::Neighbour(_)
         | Event::Lost => true,
+        Event::Route => inside,
     }
 }

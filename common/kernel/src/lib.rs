@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod exec;
+pub mod netfilter;
 pub mod netlink;
 pub mod netns;
 pub mod packet;

@@ -9,6 +9,7 @@ mod address;
 mod link;
 mod monitor;
 mod neighbour;
+mod route;
 
 use std::io;
 use std::sync::Arc;
@@ -23,13 +24,14 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 
 use crate::{KernelError, Netns};
 
-pub use address::{Address, RouteEntry};
+pub use address::Address;
 pub use link::{
-    Bridge, BridgePort, Link, LinkChange, LinkKind, MAX_LINK_NAME, NewKind, NewLink, Peer, Tap,
-    Vxlan,
+    Bridge, BridgePort, Link, LinkChange, LinkKind, MAX_LINK_NAME, NewKind, NewLink, Peer, Routing,
+    RoutingV6, Tap, Vxlan,
 };
 pub use monitor::{Event, Monitor};
 pub use neighbour::{FdbEntry, FdbTable, Neighbour};
+pub use route::{Hop, RouteEntry};
 
 /// How often a list is asked for until it is whole.
 const DUMPS: usize = 10;

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use stackhand_kernel::netlink::{
-    Address, Bridge, BridgePort, Event, FdbEntry, FdbTable, Link, LinkChange, LinkKind, Links,
+    Address, Bridge, BridgePort, Event, FdbEntry, FdbTable, Hop, Link, LinkChange, LinkKind, Links,
     Monitor, Neighbour, NewKind, NewLink, Peer, RouteEntry, Tap, Vxlan, WriteCount,
 };
 use stackhand_kernel::tun::{NewTap, VirtioHeader};
@@ -149,15 +149,19 @@ fn a_pair_reaches_into_a_namespace_made_and_deleted_by_name() {
         inside.add_address(net).await.unwrap();
         inside.add_address(net).await.unwrap();
         assert!(inside.addresses().await.unwrap().contains(&net));
-        let route = RouteEntry {
+        let hop = |last: u8| Hop { gateway: Some(IpAddr::from([10, 0, 0, last])), link: far.index };
+        let mut route = RouteEntry {
             destination: "0.0.0.0/0".parse().unwrap(),
-            gateway: Some("10.0.0.1".parse().unwrap()),
-            link: Some(far.index),
+            hops: BTreeSet::from([hop(1)]),
+            protocol: 83,
         };
-        inside.set_route(route).await.unwrap();
-        assert_eq!(inside.routes().await.unwrap(), [route]);
-        inside.remove_route(route).await.unwrap();
-        inside.remove_route(route).await.unwrap();
+        inside.set_route(&route).await.unwrap();
+        assert_eq!(inside.routes().await.unwrap(), [route.clone()]);
+        route.hops.insert(hop(9));
+        inside.set_route(&route).await.unwrap();
+        assert_eq!(inside.routes().await.unwrap(), [route.clone()], "it takes the other's place");
+        inside.remove_route(&route).await.unwrap();
+        inside.remove_route(&route).await.unwrap();
         inside.remove_address(net).await.unwrap();
         inside.remove_address(net).await.unwrap();
         assert_eq!(inside.routes().await.unwrap(), []);

@@ -1,14 +1,11 @@
-//! Addresses of links, and routes.
+//! Addresses of links.
 
 use std::io;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::Links;
@@ -21,17 +18,6 @@ pub struct Address {
     pub link: u32,
     /// The address and the prefix it is on.
     pub net: IpNet,
-}
-
-/// A route of the main table by one next hop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct RouteEntry {
-    /// Where to; `0.0.0.0/0` and `::/0` are the default.
-    pub destination: IpNet,
-    /// The next hop; `None`: on the link.
-    pub gateway: Option<IpAddr>,
-    /// Number of the link.
-    pub link: Option<u32>,
 }
 
 impl Links {
@@ -82,55 +68,9 @@ impl Links {
                 .map_err(|source| refused("remove", format!("address {}", address.net), source)),
         }
     }
-
-    /// The routes of the main table that somebody asked for, in order; those that come with an
-    /// address are left out.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn routes(&self) -> Result<Vec<RouteEntry>, KernelError> {
-        let query = RouteNetlinkMessage::GetRoute(RouteMessage::default());
-        let mut routes = self
-            .dump(query, |answer| match answer {
-                RouteNetlinkMessage::NewRoute(message) => parse_route(&message),
-                _ => None,
-            })
-            .await
-            .map_err(|source| refused("list", "routes".to_owned(), source))?;
-        routes.sort_unstable();
-        Ok(routes)
-    }
-
-    /// Sets a route, replacing one to the same destination.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn set_route(&self, route: RouteEntry) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::NewRoute(describe_route(route));
-        self.write(message, NLM_F_CREATE | NLM_F_REPLACE)
-            .await
-            .map_err(|source| refused("set", format!("route to {}", route.destination), source))
-    }
-
-    /// Removes a route. One that is not there is fine.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn remove_route(&self, route: RouteEntry) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::DelRoute(describe_route(route));
-        match self.write(message, 0).await {
-            Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => Ok(()),
-            result => result.map_err(|source| {
-                refused("remove", format!("route to {}", route.destination), source)
-            }),
-        }
-    }
 }
 
-fn family(address: IpAddr) -> AddressFamily {
+pub(super) fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
@@ -161,55 +101,6 @@ pub(super) fn parse(message: &AddressMessage) -> Option<Address> {
     }
     let net = IpNet::new(found?, message.header.prefix_len).ok()?;
     Some(Address { link: message.header.index, net })
-}
-
-fn describe_route(route: RouteEntry) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    let header = &mut message.header;
-    header.address_family = family(route.destination.addr());
-    header.destination_prefix_length = route.destination.prefix_len();
-    header.table = RouteHeader::RT_TABLE_MAIN;
-    header.protocol = RouteProtocol::Static;
-    header.scope = if route.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
-    header.kind = RouteType::Unicast;
-    message
-        .attributes
-        .push(RouteAttribute::Destination(RouteAddress::from(route.destination.addr())));
-    message
-        .attributes
-        .extend(route.gateway.map(|next| RouteAttribute::Gateway(RouteAddress::from(next))));
-    message.attributes.extend(route.link.map(RouteAttribute::Oif));
-    message
-}
-
-fn parse_route(message: &RouteMessage) -> Option<RouteEntry> {
-    let header = &message.header;
-    let by_kernel = matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra);
-    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast || by_kernel
-    {
-        return None;
-    }
-    let ip = |address: &RouteAddress| match address {
-        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
-        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
-        _ => None,
-    };
-    let mut destination = match header.address_family {
-        AddressFamily::Inet => IpAddr::from([0; 4]),
-        AddressFamily::Inet6 => IpAddr::from([0; 16]),
-        _ => return None,
-    };
-    let (mut gateway, mut link) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(address) => destination = ip(address)?,
-            RouteAttribute::Gateway(address) => gateway = ip(address),
-            RouteAttribute::Oif(index) => link = Some(*index),
-            _ => {}
-        }
-    }
-    let destination = IpNet::new(destination, header.destination_prefix_length).ok()?;
-    Some(RouteEntry { destination, gateway, link })
 }
 
 fn refused(action: &'static str, object: String, source: io::Error) -> KernelError {

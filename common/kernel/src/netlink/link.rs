@@ -8,9 +8,9 @@ use std::os::fd::AsRawFd;
 use rtnetlink::packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, Nla};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind,
-    InfoPortData, InfoPortKind, InfoTun, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask,
-    LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, BridgeStpState, InfoBridge, InfoBridgePort, InfoData,
+    InfoKind, InfoPortData, InfoPortKind, InfoTun, InfoVeth, InfoVxlan, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 use stackhand_model::MacAddr;
 
@@ -52,6 +52,8 @@ pub struct Link {
     pub ipv6_off: Option<bool>,
     /// Its settings as a port of a bridge.
     pub port: Option<BridgePort>,
+    /// How packets that come by it are routed and answered.
+    pub routing: Routing,
 }
 
 /// What a link is.
@@ -107,6 +109,34 @@ pub struct Tap {
     pub multi_queue: bool,
     /// Whether it stays when nobody has it open.
     pub persist: bool,
+}
+
+/// How packets that come by a link are routed and answered; `sysctl net.ipv4.conf.<link>`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Routing {
+    /// Whether IPv4 packets for others are forwarded.
+    pub forwarding: bool,
+    /// For which addresses ARP is answered: 0 any of the host's, 1 only the link's own.
+    pub arp_ignore: i32,
+    /// Which address ARP asks from: 0 any, 2 the best of the link's own.
+    pub arp_announce: i32,
+    /// Whether the way back must be by the same link: 0 no, 1 yes, 2 by any.
+    pub rp_filter: i32,
+    /// Whether senders are told of a shorter way.
+    pub send_redirects: bool,
+    /// The same for IPv6; `None` where the kernel has none.
+    pub v6: Option<RoutingV6>,
+}
+
+/// How IPv6 packets that come by a link are routed; `sysctl net.ipv6.conf.<link>`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RoutingV6 {
+    /// Whether packets for others are forwarded.
+    pub forwarding: bool,
+    /// Whether router advertisements are taken: 0 never, 1 unless forwarding, 2 always.
+    pub accept_ra: i32,
+    /// Whether a new address is held back until nobody else is found to have it.
+    pub accept_dad: i32,
 }
 
 /// Settings of a bridge's port.
@@ -496,7 +526,7 @@ pub(super) fn parse(message: &LinkMessage) -> Link {
             LinkAttribute::Group(group) => link.group = *group,
             LinkAttribute::Link(parent) => link.parent = Some(*parent).filter(|at| *at != 0),
             LinkAttribute::LinkNetNsId(id) => link.parent_netns = Some(*id),
-            LinkAttribute::AfSpecUnspec(families) => link.ipv6_off = ipv6_off(families),
+            LinkAttribute::AfSpecUnspec(families) => parse_families(&mut link, families),
             LinkAttribute::LinkInfo(info) => parse_info(&mut link, info),
             _ => {}
         }
@@ -504,14 +534,33 @@ pub(super) fn parse(message: &LinkMessage) -> Link {
     link
 }
 
-fn ipv6_off(families: &[AfSpecUnspec]) -> Option<bool> {
-    families.iter().find_map(|family| {
-        let AfSpecUnspec::Inet6(settings) = family else { return None };
-        settings.iter().find_map(|setting| match setting {
-            AfSpecInet6::DevConf(conf) => Some(conf.disable_ipv6 != 0),
-            _ => None,
-        })
-    })
+fn parse_families(link: &mut Link, families: &[AfSpecUnspec]) {
+    for family in families {
+        match family {
+            AfSpecUnspec::Inet(settings) => {
+                for setting in settings {
+                    let AfSpecInet::DevConf(conf) = setting else { continue };
+                    link.routing.forwarding = conf.forwarding != 0;
+                    link.routing.arp_ignore = conf.arp_ignore;
+                    link.routing.arp_announce = conf.arp_announce;
+                    link.routing.rp_filter = conf.rp_filter;
+                    link.routing.send_redirects = conf.send_redirects != 0;
+                }
+            }
+            AfSpecUnspec::Inet6(settings) => {
+                for setting in settings {
+                    let AfSpecInet6::DevConf(conf) = setting else { continue };
+                    link.ipv6_off = Some(conf.disable_ipv6 != 0);
+                    link.routing.v6 = Some(RoutingV6 {
+                        forwarding: conf.forwarding != 0,
+                        accept_ra: conf.accept_ra,
+                        accept_dad: conf.accept_dad,
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 fn parse_info(link: &mut Link, info: &[LinkInfo]) {

@@ -27,6 +27,8 @@ pub enum Event {
     /// An entry set by somebody appeared, changed or went in a neighbour or forwarding table of
     /// the link with this number.
     Neighbour(u32),
+    /// A route that somebody set appeared, changed or went.
+    Route,
     /// Events came faster than they were read and some are lost: look at everything.
     Lost,
 }
@@ -43,7 +45,7 @@ impl std::fmt::Debug for Monitor {
 }
 
 impl Monitor {
-    /// Listens to links, addresses and neighbours of the calling thread's namespace. Must be
+    /// Listens to links, addresses, neighbours and routes of the calling thread's namespace. Must be
     /// called inside a tokio runtime.
     ///
     /// # Errors
@@ -60,6 +62,8 @@ impl Monitor {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
         ])
         .map_err(fail)?;
         // Best effort: with a small buffer more is lost, and a loss is told.
@@ -96,6 +100,9 @@ fn translate(message: &RouteNetlinkMessage) -> Option<Event> {
         RouteNetlinkMessage::NewNeighbour(found) | RouteNetlinkMessage::DelNeighbour(found) => {
             super::neighbour::is_set_by_somebody(found)
                 .then_some(Event::Neighbour(found.header.ifindex))
+        }
+        RouteNetlinkMessage::NewRoute(found) | RouteNetlinkMessage::DelRoute(found) => {
+            super::route::is_set_by_somebody(found).then_some(Event::Route)
         }
         _ => None,
     }
