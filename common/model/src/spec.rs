@@ -1,6 +1,7 @@
 //! What is wanted of each kind of object. One file per agent.
 
 pub mod compute;
+pub mod guest;
 pub mod network;
 pub mod storage;
 

@@ -284,7 +284,7 @@ fn a_running_guest_is_not_disturbed_by_a_change_and_says_that_it_waits() {
     assert_eq!(world.power(instance_id(1)), Power::Running);
     // A change of the document that changes nothing of the domain.
     let mut world = running();
-    world.want(instance(1, 2, &json!({"metadata": {"role": "web"}})), false);
+    world.want(instance(1, 2, &json!({"guest": {"metadata": {"role": "web"}}})), false);
     let plan = world.pass();
     let defines = |step: &Step| matches!(step, Step::Domain(_));
     assert!(!plan.steps.values().flatten().any(defines), "{plan:?}");

@@ -1,13 +1,14 @@
 //! What is wanted of the compute agent. The words are Nova's and Glance's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::guest::{GuestAddress, GuestData};
 use super::storage::Connection;
 use super::{Broken, broken, yes};
-use crate::{ImageId, MacAddr, PortId, VolumeId};
+use crate::{ImageId, MacAddr, NetworkId, PortId, VolumeId};
 
 /// What a disk starts from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -92,16 +93,10 @@ pub struct InstanceSpec {
     /// Its volumes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<InstanceVolume>,
-    /// Public keys, in OpenSSH's one-line form, by name.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub key_pairs: BTreeMap<String, String>,
-    /// Data for cloud-init, base64 of at most 65,535 bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub user_data: Option<String>,
-    /// Free metadata, seen by the guest.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub metadata: BTreeMap<String, String>,
-    /// Whether its metadata comes on a config drive too.
+    /// What its guest is told about itself: keys, user data, metadata.
+    #[serde(default)]
+    pub guest: GuestData,
+    /// Whether the guest is told on a config drive too.
     #[serde(default)]
     pub config_drive: bool,
     /// Whether it runs.
@@ -136,6 +131,12 @@ pub struct InstancePort {
     /// The network's MTU in bytes, told to the guest's device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// The port's network. Controllers fill this and the addresses in for the config drive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkId>,
+    /// The port's addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<GuestAddress>,
 }
 
 /// A volume given to an instance.
@@ -235,17 +236,6 @@ impl InstanceSpec {
                 }
             }
         }
-        if self.user_data.as_ref().is_some_and(|data| data.len() > 87_380) {
-            return broken("user_data", "is longer than 65,535 bytes");
-        }
-        for (key, value) in &self.metadata {
-            if key.is_empty() || key.len() > 255 || value.len() > 255 {
-                return broken(
-                    format!("metadata.{key}"),
-                    "a key has 1 to 255 bytes and a value at most 255",
-                );
-            }
-        }
-        Ok(())
+        self.guest.check().or_else(|(field, problem)| broken(format!("guest.{field}"), problem))
     }
 }

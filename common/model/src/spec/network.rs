@@ -1,6 +1,6 @@
 //! What is wanted of the network agent. The words are Neutron's.
 
-mod check;
+pub(crate) mod check;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::guest::GuestData;
 use super::yes;
 use crate::{MacAddr, Name, NetworkId, PortId, QosPolicyId, RouterId, SecurityGroupId};
 
@@ -69,6 +70,12 @@ pub struct NetworkSpec {
     /// Domain under which the DNS server names its ports, for example `int1.example.org`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_domain: Option<String>,
+    /// Domains that guests look up short names in, besides `dns_domain`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub search_domains: Vec<String>,
+    /// Time servers told to guests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ntp_servers: Vec<IpAddr>,
     /// Hosts that serve DHCP for it. Empty: every host that has a port of it.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub dhcp_hosts: BTreeSet<String>,
@@ -177,6 +184,9 @@ pub struct PortSpec {
     /// Its host name in the network's DNS domain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_name: Option<String>,
+    /// What the metadata service tells the guest behind it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestData>,
     /// Whether its link is up.
     #[serde(default = "yes")]
     pub admin_up: bool,

@@ -6,10 +6,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{
-    Ethertype, FloatingIpSpec, HostSpec, NetworkSpec, NetworkType, PortSpec, QosPolicySpec,
-    RouterSpec, SecurityGroupRule, SecurityGroupSpec, Subnet,
+    Ethertype, FloatingIpSpec, HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec,
+    QosPolicySpec, RouterSpec, SecurityGroupRule, SecurityGroupSpec, Subnet,
 };
 use crate::Name;
+use crate::spec::guest::{check_domains, is_domain_name};
 use crate::spec::{Broken, broken};
 
 impl HostSpec {
@@ -66,6 +67,15 @@ impl NetworkSpec {
         {
             return broken("mtu", format!("{mtu} is outside 576 to 65535"));
         }
+        if let Some(domain) = &self.dns_domain
+            && !is_domain_name(domain.trim_end_matches('.'))
+        {
+            return broken(
+                "dns_domain",
+                format!("{domain:?} is not a domain such as int1.example.org"),
+            );
+        }
+        check_domains("search_domains", &self.search_domains)?;
         for (index, subnet) in self.subnets.iter().enumerate() {
             let at = |field: &str| format!("subnets[{index}].{field}");
             subnet.check().or_else(|(field, problem)| broken(at(&field), problem))?;
@@ -163,11 +173,17 @@ impl PortSpec {
                 return broken(format!("extra_dhcp_options[{index}].ip_version"), "must be 4 or 6");
             }
         }
+        if let Some(guest) = &self.guest {
+            if self.owner != PortOwner::Instance && self.owner != PortOwner::External {
+                return broken("guest", "is only for ports that a guest is behind");
+            }
+            guest.check().or_else(|(field, problem)| broken(format!("guest.{field}"), problem))?;
+        }
         Ok(())
     }
 }
 
-fn is_host_name(name: &str) -> bool {
+pub(crate) fn is_host_name(name: &str) -> bool {
     (1..=63).contains(&name.len())
         && !name.starts_with('-')
         && !name.ends_with('-')
