@@ -186,7 +186,7 @@ pub struct PortSpec {
     pub dns_name: Option<String>,
     /// What the metadata service tells the guest behind it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest: Option<GuestData>,
+    pub guest: Option<Box<GuestData>>,
     /// Whether its link is up.
     #[serde(default = "yes")]
     pub admin_up: bool,
