@@ -8,7 +8,9 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use stackhand_bus::BusError;
-use stackhand_model::{AgentKind, Connector, Document, ErrorCode, IscsiClient, ObjectRef, Spec};
+use stackhand_model::{
+    AgentKind, Connector, Document, ErrorCode, IscsiClient, Kind, ObjectRef, Spec,
+};
 use stackhand_runtime::api::Condition;
 use stackhand_runtime::client::{AgentClient, ClientError};
 
@@ -17,12 +19,15 @@ use crate::exit::{NotWell, Usage};
 use crate::fleet::{Fleet, Member};
 use crate::manifest::complete::{Completed, complete, next_generation};
 use crate::manifest::held::{Held, Place, connection_of};
-use crate::manifest::plan::{Action, Item, Plan, plan};
+use crate::manifest::plan::{Action, Item, Plan, Scope, plan};
+use crate::manifest::room::Size;
 use crate::manifest::source::Piece;
 use crate::objects::Gathered;
 use crate::progress::{Target, watch};
+use crate::removal::{drop_copies, remove};
 
-/// Works out what a manifest means for the agents. Sends nothing.
+/// Works out what a manifest means for the agents. Sends nothing. With `prune`, everything else
+/// of the cloud goes.
 ///
 /// # Errors
 ///
@@ -31,40 +36,56 @@ pub(crate) async fn prepare(
     fleet: &Fleet,
     gathered: &mut Gathered,
     pieces: Vec<Piece>,
+    prune: bool,
 ) -> Result<(Completed, Plan)> {
-    if mentions_volumes(&pieces) {
-        gathered.held.connectors = connectors(&gathered.members).await;
-    }
+    survey(gathered, mentions_instances(&pieces)).await;
     let held = &gathered.held;
     let completed = complete(pieces, held, fleet.cloud()).map_err(Usage::several)?;
-    let plan = plan(&completed, held, fleet.is_local())
-        .map_err(|problems| NotWell(problems.join("; ")))?;
+    let scope = Scope {
+        local: fleet.is_local(),
+        all_seen: gathered.silent.is_empty(),
+        prune: prune.then(|| fleet.cloud().to_owned()),
+    };
+    let plan = plan(&completed, held, &scope).map_err(|problems| NotWell(problems.join("; ")))?;
     Ok((completed, plan))
 }
 
-fn mentions_volumes(pieces: &[Piece]) -> bool {
+fn mentions_instances(pieces: &[Piece]) -> bool {
     pieces.iter().any(|piece| {
-        piece.value["kind"].as_str().and_then(|kind| kind.parse().ok())
-            == Some(stackhand_model::Kind::Instance)
-            && piece.value["spec"]["volumes"].as_array().is_some_and(|it| !it.is_empty())
+        let kind = piece.value["kind"].as_str().and_then(|kind| kind.parse().ok());
+        kind == Some(Kind::Instance)
     })
 }
 
-/// What compute hosts tell about themselves for attachments.
-async fn connectors(members: &[Member]) -> BTreeMap<String, Connector> {
-    let computes: Vec<Member> =
-        members.iter().filter(|it| it.row.agent == AgentKind::Compute).cloned().collect();
+/// Asks hosts about themselves: what choosing a host, attaching a volume and building an overlay
+/// go by. An agent without an answer is not chosen for its room, and the rest still works.
+async fn survey(gathered: &mut Gathered, compute: bool) {
+    let asked = |agent| agent == AgentKind::Network || (compute && agent == AgentKind::Compute);
+    let members: Vec<Member> =
+        gathered.members.iter().filter(|it| asked(it.row.agent)).cloned().collect();
     let answers =
-        crate::fleet::ask_all(&computes, |member| async move { member.client.facts().await });
-    let mut found = BTreeMap::new();
+        crate::fleet::ask_all(&members, |member| async move { member.client.facts().await });
     for (member, answer) in answers.await {
-        // Without facts an attachment to this host's own storage still works.
-        if let Ok(facts) = answer {
-            let host = member.row.host;
-            found.insert(host.clone(), connector(&host, &facts));
+        let Ok(facts) = answer else { continue };
+        let host = member.row.host;
+        if member.row.agent == AgentKind::Network {
+            if let Some(told) = facts.get("host") {
+                gathered.held.told.insert(host, told.clone());
+            }
+            continue;
+        }
+        gathered.held.connectors.insert(host.clone(), connector(&host, &facts));
+        if let Some(capacity) = capacity(&facts) {
+            gathered.held.capacity.insert(host, capacity);
         }
     }
-    found
+}
+
+/// What a compute host may give to instances in all.
+fn capacity(facts: &Value) -> Option<Size> {
+    let within = facts.get("capacity")?;
+    let number = |key: &str| within.get(key).and_then(Value::as_u64);
+    Some(Size { vcpus: number("vcpus")?, memory_mib: number("memory_mib")? })
 }
 
 fn connector(host: &str, facts: &Value) -> Connector {
@@ -151,12 +172,39 @@ pub(crate) async fn carry_out(
         batches.entry(item.place.clone()).or_default().push(item);
     }
     send(&gathered.members, batches).await?;
+    clear(gathered, plan, limit, console).await?;
     Ok(targets(plan))
+}
+
+/// Deletes what a plan deletes. Guests let go of what goes before it goes.
+async fn clear(
+    gathered: &Gathered,
+    plan: &Plan,
+    limit: Duration,
+    console: &mut Console,
+) -> Result<()> {
+    let going = plan.deleted();
+    if going.keys().any(|object| object.kind == Kind::Attachment) {
+        let instances: Vec<Target> =
+            targets(plan).into_iter().filter(|it| it.object.kind == Kind::Instance).collect();
+        let outcome =
+            watch(&gathered.members, instances, Condition::Active, limit, console).await?;
+        if !outcome.late.is_empty() {
+            bail!(NotWell(
+                "instances may still use volumes that go; apply again to go on".to_owned()
+            ));
+        }
+    }
+    remove(gathered, &going, limit, true, console).await?;
+    drop_copies(gathered, plan.dropped()).await
 }
 
 /// What a plan brings about, unchanged objects included: they may still be on their way.
 pub(crate) fn targets(plan: &Plan) -> Vec<Target> {
-    let sent = plan.items.iter().filter(|item| item.action != Action::Copy);
+    let sent = plan
+        .items
+        .iter()
+        .filter(|item| matches!(item.action, Action::Create | Action::Update | Action::Unchanged));
     sent.map(|item| Target {
         object: item.document.object(),
         place: item.place.clone(),

@@ -123,6 +123,17 @@ impl Console {
         let _ = writeln!(self.err, "{}", tame(line)).and_then(|()| self.err.flush());
     }
 
+    /// Asks a person. Nobody at a terminal means no.
+    pub(crate) fn ask(&mut self, question: &str) -> io::Result<bool> {
+        if !self.live || !io::stdin().is_terminal() {
+            return Ok(false);
+        }
+        self.draw(question);
+        let mut answer = String::new();
+        io::stdin().read_line(&mut answer)?;
+        Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    }
+
     /// Writes to standard error as it is, for drawing progress.
     pub(crate) fn draw(&mut self, text: &str) {
         let _ = self.err.write_all(text.as_bytes()).and_then(|()| self.err.flush());

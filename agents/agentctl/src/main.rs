@@ -13,6 +13,7 @@ mod link;
 mod manifest;
 mod objects;
 mod progress;
+mod removal;
 mod roster;
 mod settings;
 mod table;

@@ -75,7 +75,9 @@ pub(crate) async fn gather(
         gathered.silent.push(format!("{} is down: {reason}", member.label()));
         let place = Place::new(member.row.agent, &member.row.host);
         let holds = known_objects(member);
-        gathered.held.seats.insert(place, Seat { alive: false, enabled: false, reason, holds });
+        let zone = member.row.zone.clone();
+        let seat = Seat { alive: false, enabled: false, zone, reason, holds };
+        gathered.held.seats.insert(place, seat);
     }
     let asked: Vec<Member> =
         gathered.members.iter().filter(|member| kinds(member).is_some()).cloned().collect();
@@ -89,7 +91,8 @@ pub(crate) async fn gather(
         let place = Place::new(member.row.agent, &member.row.host);
         let reason = member.row.reasons.join("; ");
         let holds = known_objects(&member);
-        let mut seat = Seat { alive: true, enabled: member.row.enabled, reason, holds };
+        let (enabled, zone) = (member.row.enabled, member.row.zone.clone());
+        let mut seat = Seat { alive: true, enabled, zone, reason, holds };
         match answer {
             Ok(entries) => gathered.held.add(place.clone(), entries),
             Err(error) => {

@@ -59,6 +59,8 @@ pub struct NetworkAgent {
     /// What the last pass found wrong with the host as a whole.
     troubles: Mutex<Vec<String>>,
     abilities: tokio::sync::OnceCell<Value>,
+    /// What controllers make this host's Host document from.
+    host_spec: Value,
 }
 
 impl std::fmt::Debug for NetworkAgent {
@@ -100,7 +102,8 @@ impl NetworkAgent {
         let grace = Duration::from_secs(context.settings.agent.orphan_grace_seconds);
         let wake = context.wake;
         let ask = move |stuck: &BTreeSet<ObjectRef>| wake.objects_changed(stuck.iter().copied());
-        let agent = Self::new(local, grace, Arc::new(ask), context.events)?;
+        let mut agent = Self::new(local, grace, Arc::new(ask), context.events)?;
+        agent.host_spec = context.settings.agent.host_spec();
         context.metrics.register_readings(agent.readings());
         Ok(agent)
     }
@@ -139,6 +142,7 @@ impl NetworkAgent {
             stuck,
             troubles: Mutex::default(),
             abilities: tokio::sync::OnceCell::new(),
+            host_spec: json!({}),
         })
     }
 
@@ -401,6 +405,7 @@ impl Agent for NetworkAgent {
             "firewall": {"enforced": false, "reason": FIREWALL},
             "links": links,
             "vxlan_port": self.local.vxlan_port,
+            "host": self.host_spec,
             "writes": self.host.writes(),
             "dhcp": {
                 "networks": self.servers.lock().await.networks().count(),

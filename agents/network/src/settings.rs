@@ -1,6 +1,10 @@
 //! The `[network]` section of the settings.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use stackhand_runtime::config::{AgentSection, Problems};
 
 /// Settings of the network agent.
@@ -14,6 +18,11 @@ pub struct NetworkSettings {
     pub tap_group: Option<String>,
     /// UDP port of VXLAN, the same on all hosts. Default: 4789, the one that IANA assigned.
     pub vxlan_port: u16,
+    /// Address that other hosts send overlay packets to. Controllers make the Host document of this
+    /// host from it and `bridge_mappings`, unless a manifest has one. Default: none.
+    pub tunnel_address: Option<IpAddr>,
+    /// Physical network name → link of this host that leads to it. Default: none.
+    pub bridge_mappings: BTreeMap<String, String>,
     /// Seconds that a DHCP lease lasts, at least 60. Default: 86400, a day.
     pub dhcp_lease_seconds: u32,
     /// Seconds that a link with our mark is left alone when no document speaks of it, so that a
@@ -27,9 +36,26 @@ impl Default for NetworkSettings {
             tap_user: None,
             tap_group: None,
             vxlan_port: 4789,
+            tunnel_address: None,
+            bridge_mappings: BTreeMap::new(),
             dhcp_lease_seconds: 86_400,
             orphan_grace_seconds: 60,
         }
+    }
+}
+
+impl NetworkSettings {
+    /// The spec of this host's Host document, as far as the settings say; told with the facts.
+    #[must_use]
+    pub fn host_spec(&self) -> Value {
+        let mut spec = json!({});
+        if let Some(address) = self.tunnel_address {
+            spec["tunnel_address"] = json!(address);
+        }
+        if !self.bridge_mappings.is_empty() {
+            spec["bridge_mappings"] = json!(self.bridge_mappings);
+        }
+        spec
     }
 }
 
@@ -42,6 +68,12 @@ impl AgentSection for NetworkSettings {
         }
         if self.dhcp_lease_seconds < 60 {
             problems.add("network.dhcp_lease_seconds", "must be at least 60");
+        }
+        for (physical, link) in &self.bridge_mappings {
+            if link.is_empty() || link.len() > 15 || link.contains(['/', ' ']) {
+                let key = format!("network.bridge_mappings.{physical}");
+                problems.add(&key, "must be a link's name: 1 to 15 bytes, no blank, no slash");
+            }
         }
         for (key, name) in [("tap_user", &self.tap_user), ("tap_group", &self.tap_group)] {
             if name.as_deref() == Some("") {

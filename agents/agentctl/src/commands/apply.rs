@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
-use stackhand_model::{Document, Kind};
+use stackhand_model::{Document, Kind, ObjectRef};
 use stackhand_runtime::api::{Condition, FieldChange};
 use uuid::Uuid;
 
 use super::Session;
 use crate::apply::{carry_out, client, prepare, rehearse, targets};
 use crate::console::Output;
-use crate::exit::Exit;
+use crate::exit::{Exit, Usage};
 use crate::fleet::Filter;
 use crate::manifest::held::Place;
 use crate::manifest::plan::{Action, Plan};
@@ -40,6 +40,9 @@ pub(crate) struct Sources {
     /// repeated
     #[arg(long, value_name = "HOST")]
     assume_lost: Vec<String>,
+    /// Delete everything of this cloud that the manifest does not name
+    #[arg(long)]
+    prune: bool,
 }
 
 impl Sources {
@@ -61,16 +64,21 @@ impl Sources {
 /// earlier choices are kept. Applying twice changes nothing. Everything is checked, also by the
 /// agents, before anything is sent.
 ///
-/// Short forms: `ports: [web]` and `volumes: [data]` of an instance, `{network: int1}` as an
-/// interface or gateway of a router. A volume of an instance is attached by itself.
+/// Short forms: `flavor`, `networks: [int1]`, `ports: [web]` and `volumes: [data]` of an instance,
+/// `{network: int1}` as an interface or gateway of a router, `network` and `instance` of a floating
+/// IP. A volume of an instance is attached by itself. See docs/reference/documents.md.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl apply -f cloud.yaml --wait
   agentctl apply -f site/ --set HOST=node1 --dry-run
+  agentctl apply -f site/ --values north.yaml --prune
   cat web.yaml | agentctl apply -f - --wait=60")]
 pub(crate) struct Apply {
     #[command(flatten)]
     sources: Sources,
+    /// Do not ask before objects are deleted
+    #[arg(long)]
+    yes: bool,
     /// Check everything, send nothing
     #[arg(long)]
     dry_run: bool,
@@ -120,8 +128,11 @@ pub(crate) async fn run(args: &Apply, session: &mut Session) -> Result<Exit> {
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;
     gathered.held.assume_lost(&args.sources.assume_lost);
     warn_of_silent(&gathered, session);
-    let (_completed, plan) = prepare(&fleet, &mut gathered, pieces).await?;
+    let (_completed, plan) = prepare(&fleet, &mut gathered, pieces, args.sources.prune).await?;
     rehearse(&gathered.members, &plan).await?;
+    if args.sources.prune && !args.dry_run && !args.yes {
+        confirm(&plan, session)?;
+    }
     let limit = Duration::from_secs(args.wait.unwrap_or(300));
     if !args.dry_run && !plan.is_empty() {
         carry_out(&gathered, &plan, limit, &mut session.console).await?;
@@ -153,7 +164,7 @@ pub(crate) async fn show_plan(args: &PlanCommand, session: &mut Session) -> Resu
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;
     gathered.held.assume_lost(&args.sources.assume_lost);
     warn_of_silent(&gathered, session);
-    let (_completed, plan) = prepare(&fleet, &mut gathered, pieces).await?;
+    let (_completed, plan) = prepare(&fleet, &mut gathered, pieces, args.sources.prune).await?;
     let mut rows = rows(&plan);
     rows.retain(|row| row.action != Action::Unchanged);
     ask_agents(&gathered, &plan, &mut rows, args.steps).await?;
@@ -177,18 +188,25 @@ async fn ask_agents(
     steps: bool,
 ) -> Result<()> {
     let mut batches: BTreeMap<Place, Vec<Document>> = BTreeMap::new();
-    for item in plan.items.iter().filter(|item| item.action != Action::Unchanged) {
-        batches.entry(item.place.clone()).or_default().push(item.document.clone());
+    let mut going: BTreeMap<Place, Vec<ObjectRef>> = BTreeMap::new();
+    for item in &plan.items {
+        if item.action.is_sent() {
+            batches.entry(item.place.clone()).or_default().push(item.document.clone());
+        } else if item.action != Action::Unchanged {
+            batches.entry(item.place.clone()).or_default();
+            going.entry(item.place.clone()).or_default().push(item.document.object());
+        }
     }
     for (place, documents) in batches {
+        let going = going.get(&place).map_or(&[][..], Vec::as_slice);
         let planned = client(&gathered.members, &place)?
-            .plan(&documents, &[])
+            .plan(&documents, going)
             .await
             .with_context(|| format!("cannot ask {place} for its plan"))?;
         let theirs =
             |row: &&mut ChangeRow| row.host == place.host && row.kind.agent() == place.agent;
         for row in rows.iter_mut().filter(theirs) {
-            let of_row = |object: Option<stackhand_model::ObjectRef>| {
+            let of_row = |object: Option<ObjectRef>| {
                 object.is_some_and(|it| it.id == row.id && it.kind == row.kind)
             };
             let fields = planned.documents.iter().filter(|it| of_row(Some(it.object)));
@@ -203,6 +221,25 @@ async fn ask_agents(
         if steps && let Some(row) = rows.iter_mut().find(theirs) {
             row.steps.extend(loose.map(|step| step.change.clone()));
         }
+    }
+    Ok(())
+}
+
+/// Shows what would be deleted and asks whether it may.
+fn confirm(plan: &Plan, session: &mut Session) -> Result<()> {
+    let going = plan.deleted();
+    if going.is_empty() {
+        return Ok(());
+    }
+    for (object, name) in &going {
+        session.console.note(&format!("  delete {} {name}", object.kind));
+    }
+    let what = match going.len() {
+        1 => "one object".to_owned(),
+        several => format!("{several} objects"),
+    };
+    if !session.console.ask(&format!("Delete {what} of the cloud? [y/N] "))? {
+        bail!(Usage::new(format!("{what} would be deleted; give --yes if that is wanted")));
     }
     Ok(())
 }
@@ -236,7 +273,8 @@ fn table(rows: &[ChangeRow], out: &mut Table) {
         let tone = match row.action {
             Action::Create | Action::Copy => Tone::Good,
             Action::Update => Tone::Warning,
-            Action::Unchanged => Tone::Plain,
+            Action::Delete => Tone::Bad,
+            Action::Unchanged | Action::Drop => Tone::Plain,
         };
         out.row([
             Cell::toned(row.action.as_str(), tone),

@@ -1,26 +1,23 @@
 //! `agentctl delete`.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use serde::Serialize;
-use stackhand_model::{Kind, ObjectRef, Spec};
-use stackhand_runtime::api::Condition;
+use stackhand_model::{Kind, ObjectRef};
 use uuid::Uuid;
 
 use super::Session;
-use crate::apply::client;
-use crate::exit::{Exit, NotWell, Usage};
+use crate::exit::{Exit, Usage};
 use crate::fleet::Filter;
 use crate::manifest::draft::drafts;
 use crate::manifest::expand::{MADE_FOR, expand};
-use crate::manifest::held::{Held, Place};
+use crate::manifest::held::Held;
 use crate::manifest::source;
-use crate::objects::{self, Gathered, gather_all};
-use crate::progress::{Target, watch};
+use crate::objects::{self, gather_all};
+use crate::removal::{Wanted, remove};
 use crate::table::Cell;
 
 /// Delete what a manifest names, or objects of a kind.
@@ -81,7 +78,7 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
         session.console.note(&format!("agentctl: it keeps what it holds: {silent}"));
     }
     let rows = objects::rows(&gathered.held);
-    let mut wanted: BTreeMap<ObjectRef, String> = BTreeMap::new();
+    let mut wanted = Wanted::new();
     match (named, args.kind) {
         (Some(pieces), _) => {
             let cloud = fleet.cloud();
@@ -100,23 +97,8 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
     }
     made_for(&mut wanted, &gathered.held);
     let limit = Duration::from_secs(args.wait.unwrap_or(120));
-    let mut late = false;
-    for stage in stages(&wanted, &gathered.held) {
-        let is_last = stage.is_last;
-        let targets = send(&gathered, &stage.objects, &wanted).await?;
-        if !is_last || args.wait.is_some() {
-            let console = &mut session.console;
-            let outcome =
-                watch(&gathered.members, targets, Condition::Gone, limit, console).await?;
-            late |= !outcome.late.is_empty();
-            if late && !is_last {
-                bail!(NotWell(
-                    "instances are not gone, so their volumes stay; delete again to go on"
-                        .to_owned()
-                ));
-            }
-        }
-    }
+    let console = &mut session.console;
+    let in_time = remove(&gathered, &wanted, limit, args.wait.is_some(), console).await?;
     let rows: Vec<Row> = wanted
         .iter()
         .rev()
@@ -146,72 +128,15 @@ pub(crate) async fn run(args: &Delete, session: &mut Session) -> Result<Exit> {
         }
     })?;
     fleet.close().await;
-    Ok(if late || !gathered.silent.is_empty() { Exit::NotWell } else { Exit::Well })
+    Ok(if !in_time || !gathered.silent.is_empty() { Exit::NotWell } else { Exit::Well })
 }
 
 /// Adds what agentctl made for the sake of objects that go.
-fn made_for(wanted: &mut BTreeMap<ObjectRef, String>, held: &Held) {
+fn made_for(wanted: &mut Wanted, held: &Held) {
     for (object, document) in held.world() {
         let owner = document.labels.get(MADE_FOR).and_then(|owner| owner.parse().ok());
         if owner.is_some_and(|owner: ObjectRef| wanted.contains_key(&owner)) {
             wanted.entry(object).or_insert_with(|| document.name.to_string());
         }
     }
-}
-
-struct Stage {
-    objects: Vec<ObjectRef>,
-    is_last: bool,
-}
-
-/// Instances that use volumes come first and alone, because a volume in use must not be taken
-/// away; then everything else.
-fn stages(wanted: &BTreeMap<ObjectRef, String>, held: &Held) -> Vec<Stage> {
-    let storage = wanted.keys().any(|object| {
-        matches!(object.kind, Kind::Attachment | Kind::Volume) && !held.holders(*object).is_empty()
-    });
-    let uses_volumes = |object: &ObjectRef| {
-        held.newest(*object).is_some_and(
-            |it| matches!(&it.spec, Spec::Instance(instance) if !instance.volumes.is_empty()),
-        )
-    };
-    let reverse = || wanted.keys().rev().copied();
-    let first: Vec<ObjectRef> = reverse().filter(|it| storage && uses_volumes(it)).collect();
-    let done: BTreeSet<ObjectRef> = first.iter().copied().collect();
-    let rest: Vec<ObjectRef> = reverse().filter(|it| !done.contains(it)).collect();
-    let mut stages = Vec::new();
-    if !first.is_empty() {
-        stages.push(Stage { objects: first, is_last: rest.is_empty() });
-    }
-    if !rest.is_empty() {
-        stages.push(Stage { objects: rest, is_last: true });
-    }
-    stages
-}
-
-/// Asks every holder to delete. Returns what to wait for.
-async fn send(
-    gathered: &Gathered,
-    objects: &[ObjectRef],
-    names: &BTreeMap<ObjectRef, String>,
-) -> Result<Vec<Target>> {
-    let mut batches: BTreeMap<Place, Vec<ObjectRef>> = BTreeMap::new();
-    for object in objects {
-        for place in gathered.held.holders(*object) {
-            batches.entry(place.clone()).or_default().push(*object);
-        }
-    }
-    let mut targets = Vec::new();
-    for (place, objects) in batches {
-        client(&gathered.members, &place)?
-            .delete(&objects)
-            .await
-            .with_context(|| format!("cannot delete at {place}"))?;
-        targets.extend(objects.into_iter().map(|object| Target {
-            place: place.clone(),
-            object,
-            name: names.get(&object).cloned().unwrap_or_default(),
-        }));
-    }
-    Ok(targets)
 }

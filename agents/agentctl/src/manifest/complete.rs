@@ -2,7 +2,7 @@
 //!
 //! Pure: the manifest and what the agents hold go in, documents or every problem come out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 use stackhand_model::{Document, Kind, MacAddr, ObjectRef, Spec};
@@ -12,10 +12,14 @@ use super::draft::{Draft, Drafts, drafts};
 use super::expand::{MADE_FOR, expand};
 use super::held::Held;
 use super::source::Piece;
+use super::spots::Origin;
 use super::{addresses, check, floating, hosts};
 
 /// The label that names the cloud of a document.
 pub(crate) const CLOUD: &str = "cloud";
+
+/// The label of Host documents that no manifest wrote.
+const AS_TOLD: &str = "told-by";
 
 /// A manifest whose gaps are filled.
 #[derive(Clone, Debug, Default)]
@@ -27,16 +31,48 @@ pub(crate) struct Completed {
     pub(crate) awaited: BTreeMap<ObjectRef, BTreeMap<usize, ObjectRef>>,
 }
 
+/// Documents of the hosts, as the settings of their network agents say. What an operator wrote
+/// wins.
+fn hosts_as_told(pieces: &[Piece], held: &Held) -> Vec<Piece> {
+    let written: BTreeSet<&str> = pieces
+        .iter()
+        .filter(|it| {
+            it.value["kind"].as_str().and_then(|kind| kind.parse().ok()) == Some(Kind::Host)
+        })
+        .filter_map(|it| it.value["name"].as_str())
+        .collect();
+    let by_hand = |host: &str| {
+        let mut documents = held.of_kind(Kind::Host).into_values();
+        documents.any(|it| it.name.as_str() == host && !it.labels.contains_key(AS_TOLD))
+    };
+    held.told
+        .iter()
+        .filter(|(host, spec)| {
+            spec.as_object().is_some_and(|fields| !fields.is_empty())
+                && !written.contains(host.as_str())
+                && !by_hand(host)
+        })
+        .map(|(host, spec)| {
+            let source = format!("settings of network-agent on {host}");
+            let value = json!({
+                "kind": "Host", "name": host, "labels": {AS_TOLD: "settings"}, "spec": spec,
+            });
+            Piece { origin: Origin::of_text(&source, "", 1).remove(0), value }
+        })
+        .collect()
+}
+
 /// Fills the gaps of a manifest.
 ///
 /// # Errors
 ///
 /// Every problem of the whole manifest.
 pub(crate) fn complete(
-    pieces: Vec<Piece>,
+    mut pieces: Vec<Piece>,
     held: &Held,
     cloud: &str,
 ) -> Result<Completed, Vec<String>> {
+    pieces.extend(hosts_as_told(&pieces, held));
     let mut drafts = drafts(expand(pieces, cloud)?, cloud)?;
     let mut problems = Vec::new();
     floating::bind(&mut drafts, held, cloud, &mut problems);
@@ -91,7 +127,7 @@ fn tell(draft: &Draft, problem: String, problems: &mut Vec<String>) {
 
 /// Keeps the first of several equal problems, in order.
 fn dedup(problems: Vec<String>) -> Vec<String> {
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     problems.into_iter().filter(|problem| seen.insert(problem.clone())).collect()
 }
 

@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde_json::Value;
 use stackhand_model::{AgentKind, Connection, Connector, Document, Kind, ObjectRef, State};
 use stackhand_runtime::api::Entry;
 use uuid::Uuid;
+
+use super::room::Size;
 
 /// One agent by its place.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +35,8 @@ pub(crate) struct Seat {
     pub(crate) alive: bool,
     /// Operators want new objects there.
     pub(crate) enabled: bool,
+    /// The availability zone of its host.
+    pub(crate) zone: String,
     /// Why it is not alive or not enabled.
     pub(crate) reason: String,
     /// How many objects of each kind it holds, where its last word tells.
@@ -47,6 +52,10 @@ pub(crate) struct Held {
     pub(crate) entries: BTreeMap<Place, BTreeMap<ObjectRef, Entry>>,
     /// What compute hosts tell about themselves for attachments, by host.
     pub(crate) connectors: BTreeMap<String, Connector>,
+    /// What compute hosts may give to instances in all, by host.
+    pub(crate) capacity: BTreeMap<String, Size>,
+    /// What network agents' settings say of their hosts: specs of Host documents, by host.
+    pub(crate) told: BTreeMap<String, Value>,
 }
 
 impl Held {
@@ -147,6 +156,6 @@ impl Held {
 }
 
 /// The connection in what a storage agent observed of an attachment.
-pub(crate) fn connection_of(observed: &serde_json::Value) -> Option<Connection> {
+pub(crate) fn connection_of(observed: &Value) -> Option<Connection> {
     serde_json::from_value(observed.get("connection")?.clone()).ok()
 }

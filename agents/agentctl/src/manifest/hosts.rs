@@ -1,47 +1,61 @@
 //! Which host gets an object whose manifest does not say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use stackhand_model::{Document, Kind, ObjectRef, PortOwner, Spec, nearest};
 use uuid::Uuid;
 
-use super::draft::Drafts;
+use super::draft::{Draft, Drafts};
+use super::expand::ANTI_AFFINITY;
+use super::floating::network_of;
 use super::held::Held;
+use super::room::{Room, Wish, physical_network, size_of};
 
 /// Fills in hosts: an earlier choice is kept, a port follows its instance or router, a volume its
-/// instance; others go to the open host that has the fewest of their kind, by name among equals.
+/// instance; others go where [`Room`] finds a place for them.
 ///
 /// Problems are added to `problems`.
 pub(crate) fn choose(drafts: &mut Drafts, held: &Held, problems: &mut Vec<String>) {
-    let mut load = Load::of(held);
+    let mut room = Room::of(drafts, held);
     let mut followers: BTreeMap<ObjectRef, Following> = BTreeMap::new();
     for kind in [Kind::Instance, Kind::Router, Kind::Volume, Kind::Port, Kind::Attachment] {
-        let objects: Vec<ObjectRef> =
-            drafts.keys().filter(|object| object.kind == kind).copied().collect();
-        for object in objects {
+        let of_kind = drafts.keys().filter(|object| object.kind == kind).copied();
+        // What has a place comes first: it takes room from what has none.
+        let (settled, open): (Vec<ObjectRef>, Vec<ObjectRef>) =
+            of_kind.partition(|object| has_host(drafts, held, *object));
+        for object in settled.into_iter().chain(open) {
             if kind == Kind::Attachment {
                 fill_connector(drafts, object, held);
                 continue;
             }
+            let wish = wish(drafts, held, object);
             let Some(draft) = drafts.get_mut(&object) else { continue };
+            draft.take("availability_zone");
             let following = followers.get(&object);
+            let kept = held.newest(object).and_then(host_of).map(str::to_owned);
             if draft.field("host").is_none() {
-                let kept = held.newest(object).and_then(host_of).map(str::to_owned);
-                let chosen = kept.map_or_else(
-                    || {
+                let chosen = match kept {
+                    Some(kept) => Ok(kept),
+                    None => {
                         let followed = following.and_then(|it| it.host_for(kind, held));
-                        fresh(kind, followed.or_else(|| load.choose(kind, held)), held)
-                    },
-                    Ok,
-                );
+                        let chosen = match followed {
+                            Some(host) => Ok(host),
+                            None if kind == Kind::Port => only_host(held),
+                            None => room.choose(&wish),
+                        };
+                        chosen.and_then(|host| fresh(kind, host, held))
+                    }
+                };
                 match chosen {
                     Ok(host) => draft.set("host", host),
                     Err(problem) => problems.push(draft.problem("spec.host", problem)),
                 }
+            } else if let Some(problem) = moved(kind, draft, kept.as_deref()) {
+                problems.push(draft.problem("spec.host", problem));
             }
             if let Some(host) = draft.text("host").map(str::to_owned) {
-                load.add(kind, &host);
+                room.add(kind, &host, wish.size, wish.group.as_deref());
                 if let Some(problem) = unknown(kind, &host, held) {
                     problems.push(draft.problem("spec.host", problem));
                 }
@@ -63,6 +77,40 @@ pub(crate) fn choose(drafts: &mut Drafts, held: &Held, problems: &mut Vec<String
             }
         }
     }
+}
+
+fn has_host(drafts: &Drafts, held: &Held, object: ObjectRef) -> bool {
+    drafts.get(&object).is_some_and(|draft| draft.field("host").is_some())
+        || held.newest(object).and_then(host_of).is_some()
+}
+
+/// What a host must have for an object of the manifest.
+fn wish(drafts: &Drafts, held: &Held, object: ObjectRef) -> Wish {
+    let kind = object.kind;
+    let draft = drafts.get(&object);
+    let ends = draft.map(|draft| followers_of(kind, &draft.value["spec"])).unwrap_or_default();
+    let physical: BTreeSet<String> = ends
+        .into_iter()
+        .filter(|(end, _)| end.kind == Kind::Port)
+        .filter_map(|(port, _)| network_of(port.id, drafts, held))
+        .filter_map(|network| physical_network(network, drafts, held))
+        .collect();
+    let size = draft.filter(|_| kind == Kind::Instance).map(size_of).unwrap_or_default();
+    let zone = draft.and_then(|draft| draft.text("availability_zone"));
+    let group = draft.and_then(|draft| draft.label(ANTI_AFFINITY));
+    let owned = |text: Option<&str>| text.map(str::to_owned);
+    Wish { kind, zone: owned(zone), size, group: owned(group), physical }
+}
+
+/// Why an object may not be where the manifest now says.
+fn moved(kind: Kind, draft: &Draft, kept: Option<&str>) -> Option<String> {
+    let kept = kept.filter(|kept| draft.text("host") != Some(kept))?;
+    let stays = matches!(kind, Kind::Instance | Kind::Volume);
+    stays.then(|| {
+        format!(
+            "it is on {kept} and cannot be moved by a manifest; delete it first, or write {kept}"
+        )
+    })
 }
 
 /// Why an object is where another one is.
@@ -154,9 +202,25 @@ pub(crate) fn host_of(document: &Document) -> Option<&str> {
     }
 }
 
+/// The host of a port that nothing draws anywhere.
+fn only_host(held: &Held) -> Result<String, String> {
+    let agent = Kind::Port.agent();
+    let open = held.open_hosts(agent);
+    match (open.first(), open.len()) {
+        (Some(host), 1) => Ok((*host).to_owned()),
+        _ => {
+            let hosts: Vec<&str> = held.hosts(agent).into_iter().collect();
+            if hosts.is_empty() {
+                return Err("no host has a network-agent; start one, see `agentctl list`".into());
+            }
+            let hosts = hosts.join(", ");
+            Err(format!("is needed: nothing that has a host uses it; hosts are {hosts}"))
+        }
+    }
+}
+
 /// A host for an object that nobody who answers holds, if that means that it is new.
-fn fresh(kind: Kind, chosen: Option<String>, held: &Held) -> Result<String, String> {
-    let Some(host) = chosen else { return Err(nowhere(kind, held)) };
+fn fresh(kind: Kind, host: String, held: &Held) -> Result<String, String> {
     match held.out_of_sight(kind) {
         // A port has no state of its own, and goes where what it belongs to goes.
         Some(place) if kind != Kind::Port => Err(format!(
@@ -166,21 +230,6 @@ fn fresh(kind: Kind, chosen: Option<String>, held: &Held) -> Result<String, Stri
         )),
         _ => Ok(host),
     }
-}
-
-fn nowhere(kind: Kind, held: &Held) -> String {
-    let agent = kind.agent();
-    let hosts: Vec<&str> = held.hosts(agent).into_iter().collect();
-    if hosts.is_empty() {
-        return format!("no host has a {}; start one, see `agentctl list`", agent.binary());
-    }
-    if kind == Kind::Port {
-        return format!(
-            "is needed: nothing that has a host uses it; hosts are {}",
-            hosts.join(", ")
-        );
-    }
-    format!("no {} is up and enabled; hosts are {}", agent.binary(), hosts.join(", "))
 }
 
 fn unknown(kind: Kind, host: &str, held: &Held) -> Option<String> {
@@ -197,34 +246,4 @@ fn unknown(kind: Kind, host: &str, held: &Held) -> Option<String> {
         }
     };
     Some(format!("no {} is known on {host:?}{hint}", kind.agent().binary()))
-}
-
-/// How many objects of each kind a host has.
-struct Load(BTreeMap<(Kind, String), usize>);
-
-impl Load {
-    fn of(held: &Held) -> Self {
-        let mut load = Self(BTreeMap::new());
-        for kind in [Kind::Instance, Kind::Router, Kind::Volume] {
-            for document in held.of_kind(kind).values() {
-                if let Some(host) = host_of(document) {
-                    load.add(kind, host);
-                }
-            }
-        }
-        load
-    }
-
-    fn add(&mut self, kind: Kind, host: &str) {
-        *self.0.entry((kind, host.to_owned())).or_default() += 1;
-    }
-
-    fn choose(&self, kind: Kind, held: &Held) -> Option<String> {
-        let hosts = held.open_hosts(kind.agent());
-        if kind == Kind::Port && hosts.len() > 1 {
-            return None;
-        }
-        let load = |host: &str| self.0.get(&(kind, host.to_owned())).copied().unwrap_or(0);
-        hosts.into_iter().min_by_key(|host| (load(host), *host)).map(str::to_owned)
-    }
 }

@@ -10,6 +10,7 @@ use stackhand_model::{Document, Kind, ObjectRef, State};
 
 use super::complete::{Completed, says_the_same};
 use super::held::{Held, Place};
+use super::outgrown::{gone, removals, still_needed};
 use super::place::{Needs, needs};
 
 /// What happens to a document.
@@ -24,9 +25,18 @@ pub(crate) enum Action {
     Copy,
     /// It is held as it is wanted.
     Unchanged,
+    /// Its object goes.
+    Delete,
+    /// It leaves an agent that does not need it any more.
+    Drop,
 }
 
 impl Action {
+    /// Whether its document is sent.
+    pub(crate) fn is_sent(self) -> bool {
+        matches!(self, Self::Create | Self::Update | Self::Copy)
+    }
+
     /// The name as written in JSON.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -34,6 +44,8 @@ impl Action {
             Self::Update => "update",
             Self::Copy => "copy",
             Self::Unchanged => "unchanged",
+            Self::Delete => "delete",
+            Self::Drop => "drop",
         }
     }
 }
@@ -49,25 +61,42 @@ pub(crate) struct Item {
 /// All that a manifest means for the agents.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Plan {
-    /// One per document of the manifest and agent, and copies of others; by kind in the order of
-    /// application, then by name and place.
+    /// One per document of the manifest and agent, copies of others, and what goes; by kind in the
+    /// order of application, then by name and place.
     pub(crate) items: Vec<Item>,
     /// Instances that wait for storage, see [`Completed`].
     pub(crate) awaited: BTreeMap<ObjectRef, BTreeMap<usize, ObjectRef>>,
+}
+
+/// What a plan is about.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Scope {
+    /// The agents of one host, which get everything.
+    pub(crate) local: bool,
+    /// Every agent has told what it holds.
+    pub(crate) all_seen: bool,
+    /// The cloud of which everything goes that the manifest does not name.
+    pub(crate) prune: Option<String>,
 }
 
 /// Works out what each agent is sent.
 ///
 /// # Errors
 ///
-/// Agents that are needed and down.
-pub(crate) fn plan(completed: &Completed, held: &Held, local: bool) -> Result<Plan, Vec<String>> {
+/// Agents that are needed and down; documents that need what would go.
+pub(crate) fn plan(completed: &Completed, held: &Held, scope: &Scope) -> Result<Plan, Vec<String>> {
     let mut world = held.world();
+    let gone = gone(completed, &world, scope.prune.as_deref());
+    let lost = still_needed(completed, &world, &gone);
+    if !lost.is_empty() {
+        return Err(lost);
+    }
+    world.retain(|object, _| !gone.contains(object));
     world.extend(completed.documents.iter().map(|(object, it)| (*object, it.clone())));
     let places: BTreeSet<Place> =
         held.seats.iter().filter(|(_, seat)| seat.alive).map(|(place, _)| place.clone()).collect();
-    let needs = needs(&world, &places, local);
-    let items = items(&needs, &world, completed, held);
+    let needs = needs(&world, &places, scope.local);
+    let mut items = items(&needs, &world, completed, held);
     let mut problems = Vec::new();
     for place in items.iter().map(|item| &item.place).collect::<BTreeSet<_>>() {
         let waiting = || {
@@ -94,6 +123,8 @@ pub(crate) fn plan(completed: &Completed, held: &Held, local: bool) -> Result<Pl
     if !problems.is_empty() {
         return Err(problems);
     }
+    items.extend(removals(&gone, &needs, held, scope.all_seen));
+    items.sort_by(|a, b| order(a).cmp(&order(b)));
     Ok(Plan { items, awaited: completed.awaited.clone() })
 }
 
@@ -132,7 +163,6 @@ fn items(
             }
         }
     }
-    items.sort_by(|a, b| order(a).cmp(&order(b)));
     items
 }
 
@@ -146,11 +176,26 @@ impl Plan {
     /// comes before compute.
     pub(crate) fn stages(&self) -> [BTreeMap<Place, Vec<&Item>>; 2] {
         let mut stages = [BTreeMap::new(), BTreeMap::new()];
-        for item in self.items.iter().filter(|item| item.action != Action::Unchanged) {
+        for item in self.items.iter().filter(|item| item.action.is_sent()) {
             let stage = usize::from(item.document.kind() == Kind::Instance);
             stages[stage].entry(item.place.clone()).or_insert_with(Vec::new).push(item);
         }
         stages
+    }
+
+    /// Objects that go, by name.
+    pub(crate) fn deleted(&self) -> BTreeMap<ObjectRef, String> {
+        let going = self.items.iter().filter(|item| item.action == Action::Delete);
+        going.map(|it| (it.document.object(), it.document.name.to_string())).collect()
+    }
+
+    /// Copies that leave agents.
+    pub(crate) fn dropped(&self) -> BTreeMap<Place, Vec<ObjectRef>> {
+        let mut copies: BTreeMap<Place, Vec<ObjectRef>> = BTreeMap::new();
+        for item in self.items.iter().filter(|item| item.action == Action::Drop) {
+            copies.entry(item.place.clone()).or_default().push(item.document.object());
+        }
+        copies
     }
 
     /// Whether everything is held as it is wanted.

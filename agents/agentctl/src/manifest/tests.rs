@@ -12,7 +12,7 @@ use stackhand_runtime::api::Entry;
 
 use super::complete::{Completed, complete};
 use super::held::{Held, Place, Seat};
-use super::plan::{Action, Plan, plan};
+use super::plan::{Action, Plan, Scope};
 use super::source::{Values, parse};
 
 const CLOUD: &str = "default";
@@ -68,12 +68,14 @@ name: demo
 spec: {vcpus: 1, memory_mib: 128, image: tiny, ports: [web], volumes: [{volume: data, device: vdb}]}
 ";
 
-/// Hosts that each have all three agents.
+/// Hosts that each have all three agents; the first has a link to the physical network.
 fn cloud(hosts: &[&str]) -> Held {
     let mut held = Held::default();
+    let told = json!({"bridge_mappings": {"extnet": "eth1"}});
+    held.told = hosts.iter().take(1).map(|host| ((*host).to_owned(), told.clone())).collect();
     for host in hosts {
         for agent in AgentKind::ALL {
-            let seat = Seat { alive: true, enabled: true, reason: String::new(), holds: None };
+            let seat = Seat { alive: true, enabled: true, ..Seat::default() };
             held.seats.insert(Place::new(agent, host), seat);
             held.entries.insert(Place::new(agent, host), <_>::default());
         }
@@ -85,13 +87,20 @@ fn completed(text: &str, held: &Held) -> Result<Completed, Vec<String>> {
     complete(parse("m.yaml", text, &Values::new()).unwrap(), held, CLOUD)
 }
 
+fn plan(completed: &Completed, held: &Held, local: bool) -> Result<Plan, Vec<String>> {
+    super::plan::plan(completed, held, &Scope { local, all_seen: true, prune: None })
+}
+
 fn planned(text: &str, held: &Held, local: bool) -> Plan {
     plan(&completed(text, held).unwrap(), held, local).unwrap()
 }
 
 /// What the agents would hold after a plan was carried out and all is active.
 fn carried_out(plan: &Plan, mut held: Held) -> Held {
-    for item in plan.items.iter().filter(|item| item.action != Action::Unchanged) {
+    for item in plan.items.iter().filter(|it| matches!(it.action, Action::Delete | Action::Drop)) {
+        held.entries.get_mut(&item.place).unwrap().remove(&item.document.object());
+    }
+    for item in plan.items.iter().filter(|item| item.action.is_sent()) {
         let mut document = item.document.clone();
         let observed = json!({"connection": connection(&document)});
         if let Spec::Instance(instance) = &mut document.spec {
@@ -328,7 +337,10 @@ fn documents_held_elsewhere_are_copied_where_they_become_needed() {
 fn what_nobody_needs_yet_is_kept_by_one_agent() {
     let text = "kind: Network\nname: net\nspec: {type: vxlan}\n---\nkind: Image\nname: i\nspec: {source: /i, format: raw}";
     let plan = planned(text, &cloud(&["node1", "node2"]), false);
-    assert_eq!(told(&plan), ["create Network net @ node1", "create Image i @ node1"]);
+    assert_eq!(
+        told(&plan),
+        ["create Host node1 @ node1", "create Network net @ node1", "create Image i @ node1"]
+    );
 }
 
 #[test]
@@ -360,7 +372,7 @@ fn instances_spread_over_hosts_and_ports_follow_them() {
 fn a_remote_volume_is_attached_by_the_initiator_of_the_instances_host() {
     let mut held = cloud(&["node1"]);
     held.seats.remove(&Place::new(AgentKind::Compute, "node1"));
-    let seat = Seat { alive: true, enabled: true, reason: String::new(), holds: None };
+    let seat = Seat { alive: true, enabled: true, ..Seat::default() };
     held.seats.insert(Place::new(AgentKind::Compute, "node2"), seat);
     held.entries.insert(Place::new(AgentKind::Compute, "node2"), <_>::default());
     let connector = serde_json::from_value(
@@ -374,7 +386,12 @@ fn a_remote_volume_is_attached_by_the_initiator_of_the_instances_host() {
     let plan = plan(&completed, &held, false).unwrap();
     assert_eq!(
         told(&plan),
-        ["create Volume v @ node1", "create Attachment i-v @ node1", "create Instance i @ node2"]
+        [
+            "create Host node1 @ node1",
+            "create Volume v @ node1",
+            "create Attachment i-v @ node1",
+            "create Instance i @ node2"
+        ]
     );
 }
 
@@ -452,6 +469,7 @@ fn an_agent_that_is_needed_and_down_is_told_before_anything_is_sent() {
             enabled: true,
             reason: "no heartbeat for 1m".into(),
             holds: Some(<_>::default()),
+            ..Seat::default()
         },
     );
     let text = "kind: Network\nname: net\nspec: {type: vxlan}\n---\nkind: Port\nname: p\nspec: {network: net, host: node2}";
@@ -472,7 +490,8 @@ fn what_may_be_out_of_sight_is_not_made_a_second_time() {
     let mut down = |agent: AgentKind, holds: Option<std::collections::BTreeMap<Kind, u64>>| {
         let place = Place::new(agent, "node2");
         held.entries.remove(&place);
-        let seat = Seat { alive: false, enabled: true, reason: "gone".into(), holds };
+        let seat =
+            Seat { alive: false, enabled: true, reason: "gone".into(), holds, ..Seat::default() };
         held.seats.insert(place, seat);
         completed(text, &held).map(|_| ())
     };
@@ -595,4 +614,84 @@ proptest! {
         let second = planned(&text, &held, false);
         prop_assert!(second.is_empty());
     }
+}
+
+#[test]
+fn what_agentctl_made_goes_when_it_is_no_longer_made() {
+    let held = cloud(&["node1"]);
+    let held = carried_out(&planned(FIRST_CLOUD, &held, true), held);
+    let text = FIRST_CLOUD.replace(", volumes: [{volume: data, device: vdb}]", "");
+    let plan = planned(&text, &held, true);
+    let changed: Vec<String> =
+        told(&plan).into_iter().filter(|it| !it.starts_with("unchanged")).collect();
+    assert_eq!(changed, ["delete Attachment demo-data @ node1", "update Instance demo @ node1"]);
+    let after = carried_out(&plan, held);
+    assert!(planned(&text, &after, true).is_empty());
+}
+
+#[test]
+fn pruning_takes_what_the_manifest_does_not_name_of_this_cloud_alone() {
+    let held = cloud(&["node1"]);
+    let mut held = carried_out(&planned(FIRST_CLOUD, &held, true), held);
+    let entries = held.entries.get_mut(&Place::new(AgentKind::Storage, "node1")).unwrap();
+    let foreign = object(Kind::Volume, "data");
+    entries.get_mut(&foreign).unwrap().document.labels.insert("cloud".into(), "other".into());
+    let prune = |text: &str| {
+        let scope = Scope { local: true, all_seen: true, prune: Some(CLOUD.into()) };
+        super::plan::plan(&completed(text, &held).unwrap(), &held, &scope)
+    };
+    let text = "kind: Image\nname: tiny\nspec: {source: /srv/tiny.qcow2, format: qcow2}";
+    let plan = prune(text).unwrap();
+    let gone = plan.deleted();
+    assert_eq!(gone.len(), 10, "{gone:?}");
+    assert!(!gone.contains_key(&foreign) && gone.keys().all(|it| it.kind != Kind::Image));
+    let text = "kind: Port\nname: web\nspec: {network: int1}";
+    assert_eq!(
+        prune(text).unwrap_err(),
+        ["Port web: spec.network: Network int1 would be deleted: name it in the manifest"]
+    );
+}
+
+#[test]
+fn copies_leave_agents_that_need_them_no_more() {
+    let hosts = ["node1", "node2", "node3"];
+    let held = carried_out(&planned(TWO_HOSTS, &cloud(&hosts), false), cloud(&hosts));
+    let moved = TWO_HOSTS.replace(
+        "name: b\nspec: {network: shared, host: node2}",
+        "name: b\nspec: {network: shared, host: node1}",
+    );
+    let plan = planned(&moved, &held, false);
+    let dropped: Vec<String> =
+        told(&plan).into_iter().filter(|it| it.starts_with("drop")).collect();
+    assert_eq!(
+        dropped,
+        [
+            "drop Host node1 @ node2",
+            "drop Host node2 @ node1",
+            "drop SecurityGroup db @ node2",
+            "drop SecurityGroup web @ node2",
+            "drop Network shared @ node2",
+            "drop Port a @ node2",
+            "drop Port b @ node2",
+        ]
+    );
+    let after = carried_out(&plan, held.clone());
+    assert!(planned(&moved, &after, false).is_empty());
+    // While an agent does not answer, nobody knows what it needs.
+    let scope = Scope { local: false, all_seen: false, prune: None };
+    let plan = super::plan::plan(&completed(&moved, &held).unwrap(), &held, &scope).unwrap();
+    assert!(plan.dropped().is_empty());
+}
+
+#[test]
+fn an_instance_stays_on_its_host() {
+    let held = cloud(&["node1", "node2"]);
+    let text = "kind: Image\nname: i\nspec: {source: /i, format: raw}\n---\nkind: Instance\nname: one\nspec: {host: node1, vcpus: 1, memory_mib: 64, image: i}";
+    let held = carried_out(&planned(text, &held, false), held);
+    assert_eq!(
+        completed(&text.replace("node1", "node2"), &held).unwrap_err(),
+        [
+            "m.yaml:7:14: Instance one: spec.host: it is on node1 and cannot be moved by a manifest; delete it first, or write node1"
+        ]
+    );
 }
