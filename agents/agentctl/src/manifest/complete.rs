@@ -84,6 +84,9 @@ pub(crate) fn complete(
         drafts.keys().copied().partition(|object| object.kind == Kind::Instance);
     for object in others {
         if let Some(draft) = drafts.get_mut(&object) {
+            if object.kind == Kind::Volume {
+                tell_image(draft, held, &completed.documents);
+            }
             match finish(draft, held.newest(object), cloud) {
                 Ok(document) => {
                     completed.documents.insert(object, document);
@@ -129,6 +132,20 @@ fn tell(draft: &Draft, problem: String, problems: &mut Vec<String>) {
 fn dedup(problems: Vec<String>) -> Vec<String> {
     let mut seen = BTreeSet::new();
     problems.into_iter().filter(|problem| seen.insert(problem.clone())).collect()
+}
+
+/// Tells a volume what the image is that it starts from: storage agents have no image documents.
+fn tell_image(draft: &mut Draft, held: &Held, documents: &BTreeMap<ObjectRef, Document>) {
+    let image = draft.field("source").and_then(|source| source["image"].as_str()?.parse().ok());
+    let Some(id) = image else { return };
+    let object = ObjectRef { kind: Kind::Image, id };
+    let image = documents.get(&object).or_else(|| held.newest(object)).map(|it| &it.spec);
+    if let Some(Spec::Image(image)) = image
+        && let Ok(image) = serde_json::to_value(image)
+        && draft.field("image").is_none()
+    {
+        draft.set("image", image);
+    }
 }
 
 /// Fills in Ethernet address and MTU of an instance's ports.

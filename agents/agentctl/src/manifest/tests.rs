@@ -695,3 +695,11 @@ fn an_instance_stays_on_its_host() {
         ]
     );
 }
+
+#[test]
+fn a_volume_is_told_what_the_image_is_that_it_starts_from() {
+    let text = "kind: Image\nname: i\nspec: {source: /i, format: raw}\n---\nkind: Volume\nname: v\nspec: {size_gib: 1, source: {image: i}}";
+    let completed = completed(text, &cloud(&["node1"])).unwrap();
+    let volume = completed.documents[&object(Kind::Volume, "v")].to_value();
+    assert_eq!(volume["spec"]["image"]["source"], "/i");
+}
