@@ -78,7 +78,7 @@ pub struct Connector {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initiator: Option<String>,
     /// Who speaks iSCSI there.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "IscsiClient::is_qemu")]
     pub client: IscsiClient,
     /// Address it connects from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -125,7 +125,7 @@ pub enum Connection {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         initiator: Option<String>,
         /// Who speaks iSCSI.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "IscsiClient::is_qemu")]
         client: IscsiClient,
         /// CHAP user.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -145,6 +145,13 @@ pub enum FileFormat {
     Raw,
     /// QEMU's format.
     Qcow2,
+}
+
+impl IscsiClient {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+    fn is_qemu(&self) -> bool {
+        *self == Self::Qemu
+    }
 }
 
 impl VolumeSpec {
