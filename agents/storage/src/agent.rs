@@ -1,26 +1,31 @@
 //! The storage agent as the runtime sees it: look, plan, act, report.
 
+mod actions;
+mod build;
+mod report;
 #[cfg(test)]
 mod tests;
 
+pub use build::StartError;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde_json::{Value, json};
-use stackhand_model::{AgentKind, ErrorCode, ObjectRef, Spec, VolumeId};
+use serde_json::Value;
+use stackhand_model::{AgentKind, ObjectRef, VolumeId};
 use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
-use stackhand_runtime::wake::Wake;
+use stackhand_runtime::chain;
+use stackhand_runtime::ledger::Journal;
 
-use crate::backend::file::FileBackend;
-use crate::backend::{Backend, BackendError, Item, Presence};
-use crate::chain;
-use crate::config::{BackendKind, DEFAULT_BACKEND, StorageSection};
-use crate::copies::{Copies, Job};
+use crate::backend::{Backend, BackendError, Item};
+use crate::config::BackendKind;
 use crate::desired::{Wanted, admit};
-use crate::plan::{Budget, Change, Limits, Plan, Situation, Step, View, orphans};
+use crate::export::chap::Key;
+use crate::export::{ExportError, Exporter};
+use crate::plan::{Change, Exports, Limits, Plan, Situation, Step, View};
+use crate::works::{self, Task, Works};
 
 /// A backend with its settings.
 #[derive(Clone, Debug)]
@@ -33,13 +38,24 @@ pub struct Configured {
     pub limits: Limits,
 }
 
+/// An exporter with what it needs to know.
+#[derive(Clone, Debug)]
+pub struct Exporting {
+    /// What exports.
+    pub exporter: Arc<dyn Exporter>,
+    /// What passwords are made from.
+    pub key: Arc<Key>,
+}
+
 /// The storage agent.
 #[derive(Debug)]
 pub struct StorageAgent {
     host: String,
     default_backend: String,
     backends: BTreeMap<String, Configured>,
-    copies: Copies,
+    exporting: Option<Exporting>,
+    works: Works,
+    journal: Journal,
     /// What was wanted and seen at the last pass, for judging changes and for reports.
     last: Mutex<Last>,
 }
@@ -51,55 +67,43 @@ struct Last {
 }
 
 impl StorageAgent {
-    /// The agent of `host` with the backends that the settings name.
+    /// The agent of `host` with these backends and this exporter.
     #[must_use]
-    pub fn new(host: &str, state_dir: &Path, section: &StorageSection, wake: Wake) -> Self {
-        let backends = section
-            .all_backends()
-            .into_iter()
-            .map(|(name, settings)| {
-                let folder = settings.path.clone().unwrap_or_else(|| state_dir.join("volumes"));
-                let backend: Arc<dyn Backend> = match settings.kind {
-                    BackendKind::File => Arc::new(FileBackend::new(
-                        &name,
-                        &folder,
-                        state_dir,
-                        name == DEFAULT_BACKEND,
-                    )),
-                };
-                let limits = Limits {
-                    overcommit_percent: settings.overcommit_percent,
-                    reserved_percent: settings.reserved_percent,
-                };
-                (name, Configured { backend, kind: settings.kind, limits })
-            })
-            .collect();
-        let copies = Copies::new(section.concurrent_copies, wake);
-        Self::with_backends(host, &section.default_backend, backends, copies)
-    }
-
-    /// The agent of `host` with these backends.
-    #[must_use]
-    pub fn with_backends(
+    pub fn with_parts(
         host: &str,
         default_backend: &str,
         backends: BTreeMap<String, Configured>,
-        copies: Copies,
+        exporting: Option<Exporting>,
+        works: Works,
+        journal: Journal,
     ) -> Self {
         Self {
             host: host.to_owned(),
             default_backend: default_backend.to_owned(),
             backends,
-            copies,
+            exporting,
+            works,
+            journal,
             last: Mutex::default(),
         }
     }
 
-    /// Looks at all backends.
+    /// Looks at all backends and exports.
     async fn observe(&self) -> Situation {
-        // Copies first: one that ends in between is then seen both as running and as complete,
-        // never as neither.
-        let copies = self.copies.states();
+        // Work first: what ends in between is then seen both as running and as complete, never as
+        // neither.
+        let (mut works, mut wipes) = (BTreeMap::new(), BTreeMap::new());
+        for (key, state) in self.works.states() {
+            match key {
+                works::Key::Item(item) => drop(works.insert(item, state)),
+                works::Key::Leftover { backend, name } => {
+                    wipes.insert((backend, name), state);
+                }
+            }
+        }
+        let reverts = self.works.reverts();
+        // Exports before backends: what they have open is then known when it is seen open.
+        let exports = self.observe_exports().await;
         let mut backends = BTreeMap::new();
         for (name, configured) in &self.backends {
             let observed = blocking(&configured.backend, |backend| backend.observe()).await;
@@ -113,17 +117,46 @@ impl StorageAgent {
             host: self.host.clone(),
             default_backend: self.default_backend.clone(),
             backends,
-            copies,
+            works,
+            wipes,
+            reverts,
+            fenced: self.fenced(),
+            exports,
         }
+    }
+
+    async fn observe_exports(&self) -> Option<Exports> {
+        let Exporting { exporter, key } = self.exporting.as_ref()?;
+        let observed = on_thread(exporter, |exporter| exporter.observe()).await;
+        Some(Exports {
+            observed: observed.map_err(|error| chain(&error)),
+            portal: *exporter.portals().first()?,
+            lun: exporter.lun(),
+            key: Arc::clone(key),
+        })
     }
 
     /// Makes one change.
     async fn perform(&self, step: &Step, situation: &Situation) -> Result<(), String> {
-        let Some(Configured { backend, .. }) = self.backends.get(&step.backend) else {
-            return Err(format!("there is no backend {:?}", step.backend));
+        match &step.change {
+            Change::Publish { target } => {
+                let target = target.clone();
+                return self.export(move |exporter| exporter.publish(&target)).await;
+            }
+            &Change::Withdraw { volume } => {
+                return self.export(move |exporter| exporter.withdraw(volume)).await;
+            }
+            _ => {}
+        }
+        let name = &step.backend;
+        let Some(Configured { backend, .. }) = self.backends.get(name) else {
+            return Err(format!("there is no backend {name:?}"));
         };
-        let change = step.change.clone();
-        let done = match change {
+        let start = |task| {
+            self.works.start(name, Arc::clone(backend), task);
+            Ok(())
+        };
+        let done = match step.change.clone() {
             Change::Create { item, bytes } => {
                 blocking(backend, move |b| b.create(item, bytes)).await
             }
@@ -133,11 +166,12 @@ impl StorageAgent {
             Change::Extend { item, bytes } => {
                 blocking(backend, move |b| b.extend(item, bytes)).await
             }
+            Change::Activate { item } => blocking(backend, move |b| b.activate(item)).await,
             Change::Delete { item } => blocking(backend, move |b| b.delete(item)).await,
             Change::Discard { item } => blocking(backend, move |b| b.discard(item)).await,
             Change::Sweep { name } => blocking(backend, move |b| b.sweep(&name)).await,
             Change::CallOff { item } => {
-                self.copies.call_off(item);
+                self.works.call_off(item);
                 Ok(())
             }
             Change::Copy { item, source, from, bytes } => {
@@ -146,39 +180,26 @@ impl StorageAgent {
                     return Err(format!("backend {from} is away"));
                 };
                 let path = observed.place.path(source);
-                let job = Job { item, backend: step.backend.clone(), source, path, bytes };
-                self.copies.start(Arc::clone(backend), job);
-                Ok(())
+                start(Task::Copy { item, source, path, bytes })
             }
+            Change::Import { item, id, image, bytes } => {
+                start(Task::Import { item, id, image, bytes })
+            }
+            Change::Revert { volume, snapshot } => start(Task::Revert { volume, snapshot }),
+            Change::Wipe { name } => start(Task::Wipe { name }),
+            Change::Publish { .. } | Change::Withdraw { .. } => Ok(()),
         };
         done.map_err(|error| chain(&error))
     }
 
-    fn troubles_of(wanted: &Wanted, situation: &Situation) -> Vec<String> {
-        let mut troubles = Vec::new();
-        for (name, view) in &situation.backends {
-            match &view.observed {
-                Err(reason) => troubles.push(format!("storage backend {name} is away: {reason}")),
-                Ok(observed) => {
-                    let budget = Budget::new(observed, &view.limits);
-                    if budget.claims > budget.limit {
-                        troubles.push(format!(
-                            "storage backend {name} has promised {} bytes and can keep {}: free space",
-                            budget.claims, budget.limit
-                        ));
-                    }
-                }
-            }
-        }
-        let left = orphans(wanted, situation);
-        if let Some((backend, first)) = left.first() {
-            troubles.push(format!(
-                "{} items without a document are kept, such as {first} on backend {backend}: apply \
-                 their documents, or delete them by hand",
-                left.len()
-            ));
-        }
-        troubles
+    async fn export(
+        &self,
+        call: impl FnOnce(&dyn Exporter) -> Result<(), ExportError> + Send + 'static,
+    ) -> Result<(), String> {
+        let Some(Exporting { exporter, .. }) = &self.exporting else {
+            return Err("storage.export.type is none".to_owned());
+        };
+        on_thread(exporter, call).await.map_err(|error| chain(&error))
     }
 }
 
@@ -227,6 +248,9 @@ impl Agent for StorageAgent {
                 }
             };
             if let Err(reason) = result {
+                for &object in &step.also {
+                    failed.insert(object, reason.clone());
+                }
                 match step.object {
                     Some(object) => drop(failed.insert(object, reason)),
                     None => tracing::warn!(step = %step, reason, "clean-up failed"),
@@ -251,99 +275,34 @@ impl Agent for StorageAgent {
             outcomes.insert(object, Outcome::Failed { reason, observed: Value::Null });
         }
         // Their failure has been told now.
-        self.copies.forget(situation.copies.iter().filter_map(|(&item, copy)| {
-            (copy.failure.is_some() && work.due.contains(&item.object())).then_some(item)
+        self.works.forget(situation.works.iter().filter_map(|(&item, state)| {
+            (state.failure.is_some() && work.due.contains(&item.object()))
+                .then_some(works::Key::Item(item))
         }));
+        if work.cause == Cause::Timer {
+            self.works.forget(situation.wipes.keys().map(|(backend, name)| works::Key::Leftover {
+                backend: backend.clone(),
+                name: name.clone(),
+            }));
+        }
+        self.forget_fences(&wanted).await;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if work.cause == Cause::Start {
             tracing::info!(steps = steps.len(), "first look at the backends is done");
         }
-        last.troubles = Self::troubles_of(&wanted, &situation);
+        last.troubles = report::troubles(&wanted, &situation);
         last.wanted = wanted;
         drop(last);
         PassReport { outcomes, writes }
     }
 
     async fn act(&self, action: Action) -> Result<Value, Refusal> {
-        let (item, spec) = match &action.document.spec {
-            Spec::Volume(spec) => (Item::Volume(VolumeId(action.object.id)), spec),
-            _ => {
-                return Err(Refusal::new(
-                    ErrorCode::Unsupported,
-                    format!("{} has no actions; a Volume has: adopt", action.object),
-                )
-                .about(action.object));
-            }
-        };
-        if action.name != "adopt" {
-            return Err(Refusal::new(
-                ErrorCode::Unsupported,
-                format!("a Volume has no action {:?}; it has: adopt", action.name),
-            )
-            .about(action.object));
-        }
-        let name = spec.backend.as_deref().unwrap_or(&self.default_backend);
-        let Some(Configured { backend, .. }) = self.backends.get(name) else {
-            let refusal =
-                Refusal::new(ErrorCode::NotFound, format!("there is no backend {name:?}"));
-            return Err(refusal.about(action.object));
-        };
-        let adopted = blocking(backend, move |backend| {
-            let seen = backend.observe()?.items.remove(&item);
-            let foreign = |seen: &crate::backend::Seen| !matches!(seen.presence, Presence::Ready);
-            if seen.as_ref().is_none_or(foreign) {
-                backend.adopt(item).map(|()| true)
-            } else {
-                Ok(false)
-            }
-        });
-        match adopted.await {
-            Ok(adopted) => Ok(json!({ "adopted": adopted })),
-            Err(error) => {
-                Err(Refusal::new(ErrorCode::WrongState, chain(&error)).about(action.object))
-            }
-        }
+        self.do_act(action).await
     }
 
     async fn facts(&self) -> Value {
         let situation = self.observe().await;
-        let backends: serde_json::Map<String, Value> = situation
-            .backends
-            .iter()
-            .map(|(name, view)| {
-                let kind = self.backends.get(name).map(|configured| configured.kind);
-                let facts = match &view.observed {
-                    Err(reason) => json!({"type": kind, "state": "down", "reason": reason}),
-                    Ok(observed) => {
-                        let budget = Budget::new(observed, &view.limits);
-                        let count = |volumes: bool| {
-                            observed
-                                .items
-                                .keys()
-                                .filter(|item| matches!(item, Item::Volume(_)) == volumes)
-                                .count()
-                        };
-                        json!({
-                            "type": kind,
-                            "state": "up",
-                            "place": match &observed.place {
-                                crate::backend::Place::Folder(folder) => folder,
-                            },
-                            "total_bytes": observed.total_bytes,
-                            "free_bytes": observed.free_bytes,
-                            "promised_bytes": budget.claims,
-                            "promisable_bytes": budget.left(),
-                            "overcommit_percent": view.limits.overcommit_percent,
-                            "instant_copies": observed.instant_copies,
-                            "volumes": count(true),
-                            "snapshots": count(false),
-                        })
-                    }
-                };
-                (name.clone(), facts)
-            })
-            .collect();
-        json!({"backends": backends, "default_backend": self.default_backend})
+        report::facts(&situation, |name| self.backends.get(name).map(|it| it.kind))
     }
 
     fn troubles(&self) -> Vec<String> {
@@ -362,5 +321,16 @@ async fn blocking<T: Send + 'static>(
             backend: String::new(),
             reason: format!("a call broke off: {error}"),
         })
+    })
+}
+
+/// The same for an exporter.
+async fn on_thread<T: Send + 'static>(
+    exporter: &Arc<dyn Exporter>,
+    call: impl FnOnce(&dyn Exporter) -> Result<T, ExportError> + Send + 'static,
+) -> Result<T, ExportError> {
+    let exporter = Arc::clone(exporter);
+    tokio::task::spawn_blocking(move || call(exporter.as_ref())).await.unwrap_or_else(|error| {
+        Err(ExportError::Away { reason: format!("a call broke off: {error}") })
     })
 }

@@ -10,10 +10,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use stackhand_kernel::exec::ExecError;
 use stackhand_model::{Connection, FileFormat, ObjectRef, SnapshotId, VolumeId};
 
 pub mod fake;
 pub mod file;
+mod lock;
+pub mod lvm;
+mod notes;
+mod transfer;
 
 /// Something a backend keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,8 +68,14 @@ pub struct Observed {
     pub total_bytes: u64,
     /// Bytes not used by anybody.
     pub free_bytes: u64,
-    /// Whether a copy within the backend is made at once, however large it is.
-    pub instant_copies: bool,
+    /// What is made at once, however large it is.
+    pub instant: Instant,
+    /// Whether an item takes its whole size from the start.
+    pub thick: bool,
+    /// How full the pool is, where volumes share one.
+    pub fill: Option<Fill>,
+    /// What is wrong with the backend although it can be looked at.
+    pub troubles: Vec<String>,
     /// Where its items are found.
     pub place: Place,
     /// Items by name, including foreign things that hold a name of ours.
@@ -73,13 +84,33 @@ pub struct Observed {
     pub leftovers: BTreeSet<Leftover>,
 }
 
+/// What a backend makes at once, by sharing blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Instant {
+    /// Snapshots of volumes, also while guests write to them.
+    pub snapshots: bool,
+    /// Volumes from snapshots and volumes.
+    pub clones: bool,
+}
+
+/// How full a pool is that volumes share, in hundredths of a percent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fill {
+    /// Space for data.
+    pub data: u32,
+    /// Space for the map of the data.
+    pub metadata: u32,
+}
+
 /// Something unfinished or half deleted that is proved ours and belongs to no item that exists.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Leftover {
     /// Its name, for [`Backend::sweep`].
     pub name: String,
-    /// The item that it was part of.
-    pub item: Item,
+    /// The item that it was part of, where that still matters.
+    pub item: Option<Item>,
+    /// Whether it holds a tenant's bytes on space that others will get: [`Backend::wipe`] it.
+    pub to_wipe: bool,
 }
 
 /// Where a backend's items are found by others on the host.
@@ -87,6 +118,8 @@ pub struct Leftover {
 pub enum Place {
     /// Raw files in a folder, each called as its item.
     Folder(PathBuf),
+    /// Logical volumes of a volume group.
+    Group(String),
 }
 
 impl Place {
@@ -95,6 +128,7 @@ impl Place {
     pub fn connection(&self, item: Item) -> Connection {
         match self {
             Self::Folder(_) => Connection::File { path: self.path(item), format: FileFormat::Raw },
+            Self::Group(_) => Connection::Block { path: self.path(item) },
         }
     }
 
@@ -103,6 +137,7 @@ impl Place {
     pub fn path(&self, item: Item) -> PathBuf {
         match self {
             Self::Folder(folder) => folder.join(item.to_string()),
+            Self::Group(group) => Path::new("/dev").join(group).join(lvm::name_of(item)),
         }
     }
 }
@@ -129,8 +164,15 @@ pub enum Presence {
     Ready,
     /// Begun and not finished.
     Partial,
+    /// Complete, and its device is not there: to be activated.
+    Inactive,
     /// Finished once; its bytes were taken away behind our back.
     Lost,
+    /// Ours, and its bytes cannot be relied on.
+    Broken {
+        /// What is wrong and what helps.
+        what: String,
+    },
     /// Its name is held by something that we did not make.
     Foreign {
         /// What is there.
@@ -138,7 +180,7 @@ pub enum Presence {
     },
 }
 
-/// Who has an item open, as QEMU's file locks tell.
+/// Who has an item open, as QEMU's file locks or the device tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Usage {
     /// Nobody.
@@ -189,6 +231,26 @@ pub enum BackendError {
         /// On what.
         path: PathBuf,
     },
+    /// A program failed.
+    #[error("cannot {action} {subject}")]
+    Program {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        subject: String,
+        /// Why not.
+        source: Box<ExecError>,
+    },
+    /// The backend can never do that.
+    #[error("cannot {action} {subject}: {reason}")]
+    Unable {
+        /// What was asked for.
+        action: &'static str,
+        /// On what.
+        subject: String,
+        /// Why not, and what helps.
+        reason: String,
+    },
     /// The copy was called off.
     #[error("copying {} was called off", .path.display())]
     Cancelled {
@@ -218,6 +280,9 @@ impl Progress {
     }
 }
 
+/// Writes the bytes of an item that is being made to the path it is given.
+pub type Write<'a> = dyn FnMut(&Path) -> Result<(), BackendError> + 'a;
+
 /// Keeps volumes and snapshots. All calls block.
 pub trait Backend: Send + Sync + fmt::Debug {
     /// Looks at everything. Changes nothing.
@@ -235,7 +300,7 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn create(&self, item: Item, bytes: u64) -> Result<(), BackendError>;
 
     /// Makes an item from another of this backend at once, with all it holds at this moment.
-    /// Only where [`Observed::instant_copies`] is true.
+    /// Only where [`Observed::instant`] says so.
     ///
     /// # Errors
     ///
@@ -256,6 +321,29 @@ pub trait Backend: Send + Sync + fmt::Debug {
         bytes: u64,
         progress: &Progress,
     ) -> Result<(), BackendError>;
+
+    /// Makes an item of `bytes` that `write` fills: it is given the path of what reads as zeroes
+    /// or as nothing yet, and has that size.
+    ///
+    /// # Errors
+    ///
+    /// As [`Backend::create`], and those of `write`. What was made until then is removed.
+    fn import(&self, item: Item, bytes: u64, write: &mut Write<'_>) -> Result<(), BackendError>;
+
+    /// Gives a volume the bytes that a snapshot of it has. The volume keeps its size.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a guest has the volume open or there is no space. The volume then has either all
+    /// its old bytes or all those of the snapshot.
+    fn revert(&self, item: Item, snapshot: Item, progress: &Progress) -> Result<(), BackendError>;
+
+    /// Makes the device of an item appear.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot.
+    fn activate(&self, item: Item) -> Result<(), BackendError>;
 
     /// Grows an item to `bytes`. One that has that size or more stays as it is.
     ///
@@ -284,6 +372,14 @@ pub trait Backend: Send + Sync + fmt::Debug {
     ///
     /// Fails if it cannot be removed.
     fn sweep(&self, leftover: &str) -> Result<(), BackendError>;
+
+    /// Overwrites one of [`Observed::leftovers`] that asks for it, at a bounded rate, then
+    /// removes it. Begins where an earlier call was cut off.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be written to or removed.
+    fn wipe(&self, leftover: &str, progress: &Progress) -> Result<(), BackendError>;
 
     /// Takes over the foreign file that holds an item's name, as it is, as the item.
     ///

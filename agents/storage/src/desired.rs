@@ -158,12 +158,14 @@ fn volume(
         )
         .at("spec.backend"));
     }
-    if let VolumeSource::Image(_) = spec.source {
+    if let (VolumeSource::Image(image), None) = (&spec.source, &spec.image)
+        && !before.volumes.contains_key(&id)
+    {
         return Err(Refusal::new(
-            ErrorCode::Unsupported,
-            "volumes from images are not supported yet: give the instance an image instead",
+            ErrorCode::BadRequest,
+            format!("which image {image} is must be filled in by the controller"),
         )
-        .at("spec.source"));
+        .at("spec.image"));
     }
     if let Some(old) = before.volumes.get(&id)
         && old.spec.size_gib > spec.size_gib

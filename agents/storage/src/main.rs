@@ -1,10 +1,9 @@
 //! Stackhand's storage agent.
 
-use std::convert::Infallible;
 use std::process::ExitCode;
 
 use stackhand_runtime::run::{AgentContext, Program};
-use stackhand_storage::agent::StorageAgent;
+use stackhand_storage::agent::{StartError, StorageAgent};
 use stackhand_storage::checks::checks;
 use stackhand_storage::config::StorageSection;
 
@@ -12,7 +11,6 @@ fn main() -> ExitCode {
     Program::new(env!("CARGO_PKG_VERSION"), start).with_checks(checks).main()
 }
 
-async fn start(context: AgentContext<StorageSection>) -> Result<StorageAgent, Infallible> {
-    let section = &context.settings.agent;
-    Ok(StorageAgent::new(&context.host, &context.state_dir, section, context.wake))
+async fn start(context: AgentContext<StorageSection>) -> Result<StorageAgent, StartError> {
+    StorageAgent::new(context)
 }

@@ -4,25 +4,36 @@
 //! starts from; a deletion waits for whatever still needs the item. Every due object gets a
 //! verdict that holds if its steps succeed.
 
+mod attach;
 mod capacity;
 mod delete;
+mod make;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
 
-use serde_json::{Value, json};
-use stackhand_model::{AttachmentId, ObjectRef, SnapshotId, VolumeId};
+use serde_json::Value;
+use stackhand_model::{AttachmentId, ImageId, ImageSpec, ObjectRef, SnapshotId, VolumeId};
 use stackhand_runtime::agent::Outcome;
 
-use crate::backend::{Item, Observed, Presence, Seen, Usage};
-use crate::desired::{GIB, Wanted, Wish};
+use crate::backend::{Item, Observed, Presence, Seen};
+use crate::desired::Wanted;
+use crate::export::chap::Key;
+use crate::export::{Admission, SeenTarget, Target, target_name};
 pub use capacity::{Budget, Limits};
 
+/// Name that steps on exports carry in place of a backend's.
+pub const EXPORTS: &str = "exports";
+
 /// One change to a backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Step {
     /// The object it serves; absent for clean-up.
     pub object: Option<ObjectRef>,
+    /// Others that it serves as well.
+    pub also: Vec<ObjectRef>,
     /// Objects whose steps must have succeeded before this one is tried.
     pub needs: Vec<ObjectRef>,
     /// Where.
@@ -32,7 +43,7 @@ pub struct Step {
 }
 
 /// What a step does.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Change {
     /// Makes an item of zeroes.
     Create {
@@ -61,7 +72,30 @@ pub enum Change {
         /// Its size.
         bytes: u64,
     },
-    /// Calls a copy off.
+    /// Begins to make an item from an image in the background.
+    Import {
+        /// The item.
+        item: Item,
+        /// Which image.
+        id: ImageId,
+        /// What it is.
+        image: Box<ImageSpec>,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Begins to set a volume back in the background.
+    Revert {
+        /// The volume.
+        volume: VolumeId,
+        /// What it is set back to.
+        snapshot: Item,
+    },
+    /// Makes an item's device appear.
+    Activate {
+        /// The item.
+        item: Item,
+    },
+    /// Calls off the work on an item.
     CallOff {
         /// What was being made.
         item: Item,
@@ -88,6 +122,21 @@ pub enum Change {
         /// Its name.
         name: String,
     },
+    /// Begins to overwrite a leftover in the background.
+    Wipe {
+        /// Its name.
+        name: String,
+    },
+    /// Gives a volume to other hosts, or changes to whom.
+    Publish {
+        /// As it is to be.
+        target: Box<Target>,
+    },
+    /// Takes a volume back from other hosts.
+    Withdraw {
+        /// The volume.
+        volume: VolumeId,
+    },
 }
 
 impl fmt::Display for Step {
@@ -101,11 +150,24 @@ impl fmt::Display for Step {
             Change::Copy { item, source, from, bytes } => {
                 write!(f, "copy {source} of {from} to {item} of {bytes} bytes on {on}")
             }
-            Change::CallOff { item } => write!(f, "call off the copy to {item} on {on}"),
+            Change::Import { item, id, bytes, .. } => {
+                write!(f, "write image {id} to {item} of {bytes} bytes on {on}")
+            }
+            Change::Revert { volume, snapshot } => {
+                write!(f, "set volume-{volume} back to {snapshot} on {on}")
+            }
+            Change::Activate { item } => write!(f, "activate {item} on {on}"),
+            Change::CallOff { item } => write!(f, "call off the work on {item} on {on}"),
             Change::Extend { item, bytes } => write!(f, "grow {item} to {bytes} bytes on {on}"),
             Change::Delete { item } => write!(f, "delete {item} from {on}"),
             Change::Discard { item } => write!(f, "discard unfinished {item} on {on}"),
             Change::Sweep { name } => write!(f, "sweep {name} from {on}"),
+            Change::Wipe { name } => write!(f, "wipe {name} on {on}"),
+            Change::Publish { target } => {
+                let to: Vec<&str> = target.admitted.keys().map(String::as_str).collect();
+                write!(f, "export {} to {}", target_name(target.volume), to.join(", "))
+            }
+            Change::Withdraw { volume } => write!(f, "withdraw {}", target_name(*volume)),
         }
     }
 }
@@ -119,17 +181,74 @@ pub struct View {
     pub limits: Limits,
 }
 
-/// A copy that runs in the background, or ran.
+/// What work in the background is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkKind {
+    /// Makes an item from another.
+    Copy {
+        /// What it is made from.
+        source: Item,
+    },
+    /// Makes a volume from an image.
+    Import {
+        /// The image.
+        image: ImageId,
+    },
+    /// Sets a volume back.
+    Revert {
+        /// To what.
+        snapshot: Item,
+    },
+    /// Overwrites what was deleted.
+    Wipe,
+}
+
+impl WorkKind {
+    /// The item whose bytes the work reads.
+    fn source(self) -> Option<Item> {
+        match self {
+            Self::Copy { source } => Some(source),
+            Self::Revert { snapshot } => Some(snapshot),
+            Self::Import { .. } | Self::Wipe => None,
+        }
+    }
+}
+
+impl fmt::Display for WorkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Copy { .. } => "copying",
+            Self::Import { .. } => "writing the image",
+            Self::Revert { .. } => "going back to the snapshot",
+            Self::Wipe => "wiping",
+        })
+    }
+}
+
+/// Work that runs in the background, or ran.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CopyState {
-    /// Where the copy goes.
+pub struct WorkState {
+    /// Where.
     pub backend: String,
-    /// What it is made from.
-    pub source: Item,
+    /// What it is.
+    pub kind: WorkKind,
     /// How far it is, 0 to 100.
     pub percent: u64,
     /// Why it ended, if it failed.
     pub failure: Option<String>,
+}
+
+/// How volumes are given to other hosts.
+#[derive(Clone, Debug)]
+pub struct Exports {
+    /// What is exported, or why nobody knows.
+    pub observed: Result<BTreeMap<VolumeId, SeenTarget>, String>,
+    /// Where others reach it.
+    pub portal: SocketAddr,
+    /// Number of the volume at its target.
+    pub lun: u32,
+    /// What passwords are made from.
+    pub key: Arc<Key>,
 }
 
 /// Everything the planner knows of the host.
@@ -141,8 +260,16 @@ pub struct Situation {
     pub default_backend: String,
     /// The backends.
     pub backends: BTreeMap<String, View>,
-    /// Copies under way, and failed ones that were not told yet.
-    pub copies: BTreeMap<Item, CopyState>,
+    /// Work on items that is under way, and failed work that was not told yet.
+    pub works: BTreeMap<Item, WorkState>,
+    /// Leftovers that are being wiped or could not be, by backend and name.
+    pub wipes: BTreeMap<(String, String), WorkState>,
+    /// Volumes that are to be set back, and to what.
+    pub reverts: BTreeMap<VolumeId, Item>,
+    /// Attachments whose hosts were declared dead: they are shut out though logged in.
+    pub fenced: BTreeSet<AttachmentId>,
+    /// How volumes are given to other hosts; absent where they are not.
+    pub exports: Option<Exports>,
 }
 
 /// What to do, and how each due object comes out if it succeeds.
@@ -174,6 +301,8 @@ impl Plan {
                 .collect(),
             plan: Self::default(),
             standings: BTreeMap::new(),
+            withdrawn: BTreeSet::new(),
+            guests: BTreeMap::new(),
         };
         planner.sweep();
         planner.delete();
@@ -189,6 +318,7 @@ impl Plan {
                 planner.plan.outcomes.insert(id.object(), outcome);
             }
         }
+        planner.publish();
         planner.plan
     }
 }
@@ -211,6 +341,20 @@ struct Planner<'a> {
     budgets: BTreeMap<String, Budget>,
     plan: Plan,
     standings: BTreeMap<Item, Standing>,
+    /// Volumes whose export ends in this pass.
+    withdrawn: BTreeSet<VolumeId>,
+    /// What is to be exported.
+    guests: BTreeMap<VolumeId, Guests>,
+}
+
+/// Who is to have a volume over the network.
+#[derive(Debug)]
+struct Guests {
+    backend: String,
+    bytes: u64,
+    admitted: BTreeMap<String, Admission>,
+    /// Attachments whose turn it is.
+    due: Vec<ObjectRef>,
 }
 
 impl<'a> Planner<'a> {
@@ -230,9 +374,9 @@ impl<'a> Planner<'a> {
         found.into_iter().next()
     }
 
-    /// A running copy to the item.
-    fn running(&self, item: Item) -> Option<&'a CopyState> {
-        self.situation.copies.get(&item).filter(|copy| copy.failure.is_none())
+    /// Running work on the item.
+    fn running(&self, item: Item) -> Option<&'a WorkState> {
+        self.situation.works.get(&item).filter(|work| work.failure.is_none())
     }
 
     fn step(
@@ -242,372 +386,33 @@ impl<'a> Planner<'a> {
         backend: &str,
         change: Change,
     ) {
-        self.plan.steps.push(Step { object, needs, backend: backend.to_owned(), change });
+        let (backend, also) = (backend.to_owned(), vec![]);
+        self.plan.steps.push(Step { object, also, needs, backend, change });
     }
 
     fn sweep(&mut self) {
         for (name, view) in &self.situation.backends {
             let Ok(observed) = &view.observed else { continue };
             for leftover in &observed.leftovers {
-                // A copy that has just begun has a file and not yet a record.
-                if self.running(leftover.item).is_none() {
-                    self.step(None, vec![], name, Change::Sweep { name: leftover.name.clone() });
-                }
-            }
-        }
-    }
-
-    // Making --------------------------------------------------------------------------------
-
-    fn backend_of(&self, wish: &'a Wish<stackhand_model::VolumeSpec>) -> &'a str {
-        wish.spec.backend.as_deref().unwrap_or(&self.situation.default_backend)
-    }
-
-    /// Whether the item's bytes can be used in this pass; plans what it takes.
-    fn stand(&mut self, item: Item) -> Standing {
-        if let Some(known) = self.standings.get(&item) {
-            return known.clone();
-        }
-        // Whoever asks again on the way is part of a circle.
-        let circle = Standing::Failed("it would be made from itself".into());
-        self.standings.insert(item, circle);
-        let (standing, observed) = self.work_out(item);
-        self.standings.insert(item, standing.clone());
-        let deleting = match item {
-            Item::Volume(id) => self.wanted.volumes.get(&id).is_none_or(|wish| wish.deleting),
-            Item::Snapshot(id) => self.wanted.snapshots.get(&id).is_none_or(|wish| wish.deleting),
-        };
-        if !deleting && self.due.contains(&item.object()) {
-            let outcome = match &standing {
-                Standing::Ready { .. } => Outcome::Active { observed },
-                Standing::Waits(reason) => Outcome::Pending { reason: reason.clone(), observed },
-                Standing::Failed(reason) => Outcome::Failed { reason: reason.clone(), observed },
-            };
-            // A problem found by the way, such as a size that cannot shrink, was told already.
-            self.plan.outcomes.entry(item.object()).or_insert(outcome);
-        }
-        standing
-    }
-
-    fn work_out(&mut self, item: Item) -> (Standing, Value) {
-        let object = item.object();
-        let (wish_bytes, backend, deleting) = match item {
-            Item::Volume(id) => match self.wanted.volumes.get(&id) {
-                Some(wish) => (
-                    Some(wish.spec.size_gib * GIB),
-                    self.backend_of(wish).to_owned(),
-                    wish.deleting,
-                ),
-                None => {
-                    return (Standing::Waits(format!("{object} is not known here")), Value::Null);
-                }
-            },
-            Item::Snapshot(id) => match self.wanted.snapshots.get(&id) {
-                Some(wish) => {
-                    let backend = match self.holder(item) {
-                        Some((backend, _)) => backend.to_owned(),
-                        None => match self.stand(Item::Volume(wish.spec.volume)) {
-                            Standing::Ready { backend, .. } => backend,
-                            Standing::Waits(reason) => {
-                                let reason =
-                                    self.waits_for(Item::Volume(wish.spec.volume), &reason);
-                                return (Standing::Waits(reason), Value::Null);
-                            }
-                            Standing::Failed(reason) => {
-                                let reason =
-                                    self.waits_for(Item::Volume(wish.spec.volume), &reason);
-                                return (Standing::Waits(reason), Value::Null);
-                            }
-                        },
-                    };
-                    (None, backend, wish.deleting)
-                }
-                None => {
-                    return (Standing::Waits(format!("{object} is not known here")), Value::Null);
-                }
-            },
-        };
-        let Some(view) = self.situation.backends.get(&backend) else {
-            let known: Vec<&str> = self.situation.backends.keys().map(String::as_str).collect();
-            let reason =
-                format!("there is no backend {backend:?}; there are: {}", known.join(", "));
-            return (Standing::Failed(reason), Value::Null);
-        };
-        let observed = match &view.observed {
-            Ok(observed) => observed,
-            Err(reason) => {
-                let reason = format!("backend {backend} is away: {reason}");
-                return (Standing::Failed(reason), Value::Null);
-            }
-        };
-        if let Some((other, _)) = self.holder(item)
-            && other != backend
-            && self.seen(&backend, item).is_none()
-        {
-            let reason =
-                format!("it is on backend {other}; moving to {backend} is not supported yet");
-            return (Standing::Failed(reason), json!({"backend": other}));
-        }
-        let place = observed.place.path(item);
-        let mut facts = json!({"backend": backend, "path": place});
-        let standing = match observed.items.get(&item) {
-            Some(seen) => {
-                facts["size_bytes"] = seen.bytes.into();
-                facts["allocated_bytes"] = seen.allocated_bytes.into();
-                match &seen.presence {
-                    Presence::Foreign { what } => Standing::Failed(format!(
-                        "{} is {what}; move it away, or take it over with the action adopt",
-                        place.display()
-                    )),
-                    Presence::Lost => Standing::Failed(format!(
-                        "{} was there and is gone: put it back (then adopt it), or delete the object",
-                        place.display()
-                    )),
-                    Presence::Ready => {
-                        self.grow(item, seen, wish_bytes, &backend, deleting, &mut facts)
+                let known =
+                    self.situation.wipes.contains_key(&(name.clone(), leftover.name.clone()));
+                let left = leftover.name.clone();
+                if leftover.to_wipe {
+                    if !known {
+                        self.step(None, vec![], name, Change::Wipe { name: left });
                     }
-                    Presence::Partial => match self.running(item) {
-                        Some(copy) => copying(copy, &mut facts),
-                        None if deleting => Standing::Waits("it is being deleted".into()),
-                        None if !self.due.contains(&object) => waits_its_turn(),
-                        None => {
-                            self.step(Some(object), vec![], &backend, Change::Discard { item });
-                            self.make(item, wish_bytes, &backend, observed, &mut facts)
-                        }
-                    },
-                }
-            }
-            None => match self.running(item) {
-                Some(copy) => copying(copy, &mut facts),
-                None if deleting => Standing::Waits("it is being deleted".into()),
-                None if !self.due.contains(&object) => waits_its_turn(),
-                None => self.make(item, wish_bytes, &backend, observed, &mut facts),
-            },
-        };
-        (standing, facts)
-    }
-
-    /// A volume that is there: has it the right size?
-    fn grow(
-        &mut self,
-        item: Item,
-        seen: &Seen,
-        wish_bytes: Option<u64>,
-        backend: &str,
-        deleting: bool,
-        facts: &mut Value,
-    ) -> Standing {
-        let object = item.object();
-        let ready = |bytes| Standing::Ready { backend: backend.to_owned(), bytes };
-        let Some(bytes) = wish_bytes.filter(|_| !deleting && self.due.contains(&object)) else {
-            return ready(seen.bytes);
-        };
-        if seen.bytes > bytes {
-            // Its bytes can be used all the same.
-            self.plan.outcomes.insert(
-                object,
-                Outcome::Failed {
-                    reason: format!(
-                        "it has {} bytes and size_gib asks for {bytes}: volumes only grow; ask for at \
-                         least {} GiB",
-                        seen.bytes,
-                        seen.bytes.div_ceil(GIB)
-                    ),
-                    observed: facts.clone(),
-                },
-            );
-        } else if seen.bytes < bytes {
-            match self.promise(backend, bytes - seen.bytes) {
-                Ok(()) => {
-                    self.step(Some(object), vec![], backend, Change::Extend { item, bytes });
-                    facts["size_bytes"] = bytes.into();
-                    return ready(bytes);
-                }
-                Err(reason) => {
-                    self.plan.outcomes.insert(
-                        object,
-                        Outcome::Failed {
-                            reason: format!("cannot grow: {reason}"),
-                            observed: facts.clone(),
-                        },
-                    );
-                }
-            }
-        }
-        ready(seen.bytes)
-    }
-
-    fn make(
-        &mut self,
-        item: Item,
-        wish_bytes: Option<u64>,
-        backend: &str,
-        observed: &Observed,
-        facts: &mut Value,
-    ) -> Standing {
-        let object = item.object();
-        if let Some(failure) =
-            self.situation.copies.get(&item).and_then(|copy| copy.failure.as_ref())
-        {
-            return Standing::Failed(failure.clone());
-        }
-        if let Item::Volume(id) = item
-            && let Some(wish) = self.wanted.volumes.get(&id)
-            && let stackhand_model::VolumeSource::Image(_) = wish.spec.source
-        {
-            return Standing::Failed("volumes from images are not supported yet".into());
-        }
-        let Some(source) = self.wanted.source(item) else {
-            let bytes = wish_bytes.unwrap_or(0);
-            return match self.promise(backend, bytes) {
-                Ok(()) => {
-                    self.step(Some(object), vec![], backend, Change::Create { item, bytes });
-                    facts["size_bytes"] = bytes.into();
-                    Standing::Ready { backend: backend.to_owned(), bytes }
-                }
-                Err(reason) => Standing::Failed(reason),
-            };
-        };
-        let (from, source_bytes) = match self.stand(source) {
-            Standing::Ready { backend, bytes } => (backend, bytes),
-            Standing::Waits(reason) | Standing::Failed(reason) => {
-                return Standing::Waits(self.waits_for(source, &reason));
-            }
-        };
-        let bytes = wish_bytes.unwrap_or(source_bytes);
-        if bytes < source_bytes {
-            return Standing::Failed(format!(
-                "{} has {source_bytes} bytes: size_gib must be at least {}",
-                self.wanted.call(source),
-                source_bytes.div_ceil(GIB)
-            ));
-        }
-        let source_seen = self.seen(&from, source);
-        let allocated = source_seen.map_or(0, |seen| seen.allocated_bytes);
-        let instant = from == backend && observed.instant_copies;
-        // What the new item may come to use; and a source whose blocks become shared needs room
-        // for all that is overwritten later.
-        let own = if matches!(item, Item::Volume(_)) { bytes } else { 0 };
-        let cost = if !instant {
-            own.max(allocated)
-        } else if matches!(source, Item::Volume(_)) && source_seen.is_some_and(|seen| !seen.shared)
-        {
-            own.saturating_add(allocated)
-        } else {
-            own
-        };
-        if !instant && source_seen.is_some_and(|seen| seen.usage == Usage::Written) {
-            return Standing::Waits(format!(
-                "a running guest writes to {}, and the file system of backend {backend} cannot clone \
-                 at once: stop the instance, or keep volumes on XFS or btrfs",
-                self.wanted.call(source)
-            ));
-        }
-        if let Err(reason) = self.promise(backend, cost) {
-            return Standing::Failed(reason);
-        }
-        let needs = vec![source.object()];
-        facts["size_bytes"] = bytes.into();
-        if instant {
-            self.step(Some(object), needs, backend, Change::Clone { item, source, bytes });
-            Standing::Ready { backend: backend.to_owned(), bytes }
-        } else {
-            self.step(Some(object), needs, backend, Change::Copy { item, source, from, bytes });
-            facts["progress_percent"] = 0.into();
-            Standing::Waits("copying has begun".into())
-        }
-    }
-
-    fn promise(&mut self, backend: &str, bytes: u64) -> Result<(), String> {
-        match self.budgets.get_mut(backend) {
-            Some(budget) => budget.take(bytes).map_err(|left| {
-                format!(
-                    "{bytes} bytes do not fit: backend {backend} can promise {left} more; free space, \
-                     or raise storage.backends.{backend}.overcommit_percent"
-                )
-            }),
-            None => Err(format!("backend {backend} is away")),
-        }
-    }
-
-    fn waits_for(&self, item: Item, reason: &str) -> String {
-        format!("waits for {}: {reason}", self.wanted.call(item))
-    }
-
-    // Attaching -----------------------------------------------------------------------------
-
-    fn attach(
-        &mut self,
-        id: AttachmentId,
-        wish: &Wish<stackhand_model::AttachmentSpec>,
-    ) -> Outcome {
-        let volume = Item::Volume(wish.spec.volume);
-        let name = self.wanted.call(volume);
-        let Some(volume_wish) = self.wanted.volumes.get(&wish.spec.volume) else {
-            return pending(format!("waits for {name}: it is not known here"));
-        };
-        if volume_wish.deleting {
-            return Outcome::failed(format!("{name} is being deleted"));
-        }
-        let connector = &wish.spec.connector;
-        if connector.host != self.situation.host {
-            return Outcome::failed(format!(
-                "host {} is not this host ({}), and exports to other hosts are not supported yet: run \
-                 the instance here",
-                connector.host, self.situation.host
-            ));
-        }
-        let first = self
-            .wanted
-            .attachments
-            .iter()
-            .find(|(_, other)| !other.deleting && other.spec.volume == wish.spec.volume);
-        if let Some((&first, other)) = first
-            && first != id
-            && !volume_wish.spec.multiattach
-        {
-            return Outcome::failed(format!(
-                "{name} is attached to host {} by {}, and multiattach is not set",
-                other.spec.connector.host,
-                first.object()
-            ));
-        }
-        if let Some((&copy, _)) = self
-            .situation
-            .copies
-            .iter()
-            .find(|(_, copy)| copy.source == volume && copy.failure.is_none())
-            && !wish.spec.read_only
-        {
-            return pending(format!(
-                "waits for the copy from {name} to {}",
-                self.wanted.call(copy)
-            ));
-        }
-        match self.stand(volume) {
-            Standing::Waits(reason) | Standing::Failed(reason) => {
-                pending(self.waits_for(volume, &reason))
-            }
-            Standing::Ready { backend, .. } => {
-                let observed = self.situation.backends.get(&backend).map(|view| &view.observed);
-                let Some(Ok(observed)) = observed else {
-                    return Outcome::failed(format!("backend {backend} is away"));
-                };
-                self.plan.relies_on.insert(id.object(), volume.object());
-                Outcome::Active {
-                    observed: json!({
-                        "connection": observed.place.connection(volume),
-                        "read_only": wish.spec.read_only,
-                    }),
+                } else if leftover.item.is_none_or(|item| self.running(item).is_none()) {
+                    // A copy that has just begun has a file and not yet a record.
+                    self.step(None, vec![], name, Change::Sweep { name: left });
                 }
             }
         }
     }
 }
 
-fn copying(copy: &CopyState, facts: &mut Value) -> Standing {
-    facts["progress_percent"] = copy.percent.into();
-    Standing::Waits(format!("copying, {} % done", copy.percent))
+fn working(work: &WorkState, facts: &mut Value) -> Standing {
+    facts["progress_percent"] = work.percent.into();
+    Standing::Waits(format!("{}, {} % done", work.kind, work.percent))
 }
 
 fn waits_its_turn() -> Standing {

@@ -90,7 +90,7 @@ fn read(folder: &Path, item: Item, length: usize) -> Vec<u8> {
 fn clones_share_blocks_and_nothing_else(make: &str) {
     let mounted = Mounted::new(make, 512 * MIB);
     let (backend, folder) = (mounted.backend(), mounted.path());
-    assert!(backend.observe().unwrap().instant_copies, "{make} clones");
+    assert!(backend.observe().unwrap().instant.clones, "{make} clones");
     backend.create(vol(1), 200 * MIB).unwrap();
     write(&folder, vol(1), &vec![1; 150 << 20], 0);
 
@@ -130,7 +130,7 @@ fn clones_on_btrfs_share_blocks_and_nothing_else() {
 fn ext4_says_that_it_cannot_clone_and_a_full_disk_leaves_nothing_behind() {
     let mounted = Mounted::new("mkfs.ext4", 64 * MIB);
     let (backend, folder) = (mounted.backend(), mounted.path());
-    assert!(!backend.observe().unwrap().instant_copies);
+    assert!(!backend.observe().unwrap().instant.clones);
     backend.create(vol(1), 60 * MIB).unwrap();
     write(&folder, vol(1), &vec![1; 40 << 20], 0);
 

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Backend, BackendError, Item, Observed, Place, Presence, Progress, Seen, Usage};
+use super::{
+    Backend, BackendError, Instant, Item, Observed, Place, Presence, Progress, Seen, Usage, Write,
+};
 
 /// Volumes that exist only in memory.
 #[derive(Debug)]
@@ -32,7 +34,10 @@ impl FakeBackend {
         let observed = Observed {
             total_bytes: bytes,
             free_bytes: bytes,
-            instant_copies,
+            instant: Instant { snapshots: instant_copies, clones: instant_copies },
+            thick: false,
+            fill: None,
+            troubles: vec![],
             place: Place::Folder(PathBuf::from("/fake")),
             items: BTreeMap::new(),
             leftovers: BTreeSet::new(),
@@ -138,6 +143,33 @@ impl Backend for FakeBackend {
     ) -> Result<(), BackendError> {
         let name = source.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         self.make(item, bytes, Item::recognise(name), false)
+    }
+
+    fn import(&self, item: Item, bytes: u64, _write: &mut Write<'_>) -> Result<(), BackendError> {
+        self.make(item, bytes, None, false)
+    }
+
+    fn revert(&self, item: Item, snapshot: Item, _progress: &Progress) -> Result<(), BackendError> {
+        let mut host = self.host();
+        host.allow("revert", item)?;
+        let Some(contents) = host.contents.get(&snapshot).cloned() else {
+            return Err(host.fails("revert to", snapshot));
+        };
+        host.contents.insert(item, contents);
+        Ok(())
+    }
+
+    fn activate(&self, item: Item) -> Result<(), BackendError> {
+        let mut host = self.host();
+        host.allow("activate", item)?;
+        if let Some(seen) = host.observed.items.get_mut(&item) {
+            seen.presence = Presence::Ready;
+        }
+        Ok(())
+    }
+
+    fn wipe(&self, leftover: &str, _progress: &Progress) -> Result<(), BackendError> {
+        self.sweep(leftover)
     }
 
     fn extend(&self, item: Item, bytes: u64) -> Result<(), BackendError> {

@@ -7,6 +7,8 @@
 //!                     <item>.json           record: the inode we made for the item
 //!                     <item>.partial        being made
 //!                     <item>.deleted        being deleted
+//!                     <item>.revert         what a volume is set back to; the volume, as soon as
+//!                                           the record names it
 //! ```
 //!
 //! A file is ours if its record names its inode. The record is written as soon as the unfinished
@@ -26,8 +28,7 @@
 //! which folder a backend had: should its file system not be mounted one day, the backend is away
 //! instead of empty.
 
-mod copy;
-mod lock;
+mod access;
 mod record;
 mod reflink;
 #[cfg(test)]
@@ -41,10 +42,15 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+use super::notes::{
+    failed, names, open_to_read, read_identity, remove, stat, sync_folder, write_identity,
+};
+use super::transfer::{self, Holes};
 use super::{
-    Backend, BackendError, Item, Leftover, Observed, Place, Presence, Progress, Seen, Usage,
+    Backend, BackendError, Instant, Item, Leftover, Observed, Place, Presence, Progress, Seen,
+    Usage, Write, lock,
 };
 use record::Record;
 
@@ -111,7 +117,7 @@ impl FileBackend {
     /// Makes sure that this is the folder it was last time, and at the very first time makes it
     /// ours.
     fn enter(&self) -> Result<(), BackendError> {
-        let registered = record::read_identity(&self.registration)?;
+        let registered = read_identity(&self.registration)?;
         if self.may_make && registered.is_none() {
             // Guests' processes run as other users and must pass through to files whose names they
             // were given, whatever the umask says.
@@ -133,7 +139,7 @@ impl FileBackend {
             Err(source) => return Err(failed("look at", &self.folder)(source)),
         }
         let marker = self.work().join("backend.json");
-        let found = record::read_identity(&marker)?;
+        let found = read_identity(&marker)?;
         match (registered, found) {
             (Some(registered), Some(found)) if registered == found => Ok(()),
             (Some(_), _) => Err(self.away(format!(
@@ -152,7 +158,7 @@ impl FileBackend {
                     _ => {}
                 }
                 let identity = uuid::Uuid::new_v4().to_string();
-                record::write_identity(&marker, &identity)?;
+                write_identity(&marker, &identity)?;
                 sync_folder(&self.folder)?;
                 self.register(&identity)
             }
@@ -163,7 +169,7 @@ impl FileBackend {
         if let Some(folder) = self.registration.parent() {
             fs::create_dir_all(folder).map_err(failed("make folder", folder))?;
         }
-        record::write_identity(&self.registration, identity)
+        write_identity(&self.registration, identity)
     }
 
     /// What is known about an item from its record and the three places where it can be.
@@ -199,6 +205,28 @@ impl FileBackend {
         }
     }
 
+    fn reverted(&self, item: Item) -> PathBuf {
+        self.work().join(format!("{item}.revert"))
+    }
+
+    /// Whether the record says that the file of a volume that is set back is the volume now.
+    fn is_reverted(&self, item: Item) -> Result<bool, BackendError> {
+        let record = record::read(&self.record(item))?;
+        let fresh = stat(&self.reverted(item))?;
+        Ok(fresh.zip(record).is_some_and(|(fresh, record)| fresh.ino() == record.inode))
+    }
+
+    /// Gives that file its name.
+    fn finish_revert(&self, item: Item) -> Result<(), BackendError> {
+        if self.is_reverted(item)? {
+            let path = self.path(item);
+            fs::rename(self.reverted(item), &path).map_err(failed("rename to", &path))?;
+            sync_folder(&self.folder)?;
+            sync_folder(&self.work())?;
+        }
+        Ok(())
+    }
+
     /// Whether the item is there and ours.
     ///
     /// # Errors
@@ -231,18 +259,12 @@ impl FileBackend {
         }
         self.discard(item)?;
         let partial = self.partial(item);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .mode(0o600)
-            .open(&partial)
-            .map_err(failed("make", &partial))?;
+        let file = new_file(&partial)?;
         let finish = || {
             let inode = file.metadata().map_err(failed("look at", &partial))?.ino();
             record::write(&self.record(item), &Record { inode, shares_with })?;
             fill(&file, &partial)?;
+            access::keep(&file, &partial)?;
             if matches!(item, Item::Snapshot(_)) {
                 file.set_permissions(fs::Permissions::from_mode(0o400))
                     .map_err(failed("set the mode of", &partial))?;
@@ -289,8 +311,10 @@ impl Backend for FileBackend {
                 items.insert(item);
                 let record = record::read(&work.join(&name))?;
                 sharing.extend(record.and_then(|record| record.shares_with));
+            } else if name == format!("{item}.revert") && self.is_reverted(item)? {
+                self.finish_revert(item)?;
             } else if name != format!("{item}.partial") || stat(&self.record(item))?.is_none() {
-                leftovers.insert(Leftover { name, item });
+                leftovers.insert(Leftover { name, item: Some(item), to_wipe: false });
             }
         }
         let mut seen = BTreeMap::new();
@@ -311,7 +335,10 @@ impl Backend for FileBackend {
         Ok(Observed {
             total_bytes: space.blocks() * space.fragment_size(),
             free_bytes: space.blocks_available() * space.fragment_size(),
-            instant_copies: reflinks,
+            instant: Instant { snapshots: reflinks, clones: reflinks },
+            thick: false,
+            fill: None,
+            troubles: vec![],
             place: self.place(),
             items: seen,
             leftovers,
@@ -341,9 +368,57 @@ impl Backend for FileBackend {
         let from = open_to_read(source)?;
         let quiet = lock::keep_writers_out(from, source)?;
         self.make(item, None, |file, path| {
-            copy::sparse(&quiet, source, file, path, progress)?;
+            file.set_len(0).map_err(failed("size", path))?;
+            transfer::copy((&quiet, source), (file, path), Holes::Kept, progress)?;
             grow(file, path, bytes)
         })
+    }
+
+    fn import(&self, item: Item, bytes: u64, write: &mut Write<'_>) -> Result<(), BackendError> {
+        self.make(item, None, |file, path| {
+            file.set_len(bytes).map_err(failed("size", path))?;
+            write(path)?;
+            grow(file, path, bytes)
+        })
+    }
+
+    fn revert(&self, item: Item, snapshot: Item, progress: &Progress) -> Result<(), BackendError> {
+        self.enter()?;
+        let path = self.path(item);
+        self.finish_revert(item)?;
+        let Some(old) = self.have("revert", item)? else {
+            return Err(failed("revert", &path)(io::ErrorKind::NotFound.into()));
+        };
+        self.have("revert to", snapshot)?;
+        if lock::usage(&path)? != Usage::Free {
+            return Err(BackendError::InUse { action: "revert", path });
+        }
+        let source_path = self.path(snapshot);
+        let source = open_to_read(&source_path)?;
+        let fresh = self.reverted(item);
+        remove(&fresh)?;
+        let file = new_file(&fresh)?;
+        let cloned = reflink::clone(&source, &file).is_ok();
+        if !cloned {
+            transfer::copy((&source, &source_path), (&file, &fresh), Holes::Kept, progress)?;
+        }
+        grow(&file, &fresh, old.len())?;
+        access::keep(&file, &fresh)?;
+        file.sync_all().map_err(failed("sync", &fresh))?;
+        // From this note on the new file is the volume; the rename is finished by whoever comes.
+        let inode = file.metadata().map_err(failed("look at", &fresh))?.ino();
+        let shares_with = cloned.then_some(snapshot);
+        record::write(&self.record(item), &Record { inode, shares_with })?;
+        self.finish_revert(item)
+    }
+
+    fn activate(&self, _item: Item) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn wipe(&self, leftover: &str, _progress: &Progress) -> Result<(), BackendError> {
+        // The file system gives out zeroes; removing it is enough.
+        self.sweep(leftover)
     }
 
     fn extend(&self, item: Item, bytes: u64) -> Result<(), BackendError> {
@@ -457,58 +532,21 @@ fn foreign(metadata: &fs::Metadata, record: Option<&Record>) -> Option<String> {
     }
 }
 
+/// Makes a file that is not there, for its owner alone.
+fn new_file(path: &Path) -> Result<File, BackendError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed("make", path))
+}
+
 fn grow(file: &File, path: &Path, bytes: u64) -> Result<(), BackendError> {
     if file.metadata().map_err(failed("look at", path))?.len() < bytes {
         file.set_len(bytes).map_err(failed("grow", path))?;
     }
     Ok(())
-}
-
-fn open_to_read(path: &Path) -> Result<File, BackendError> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits())
-        .open(path)
-        .map_err(failed("open", path))
-}
-
-/// Looks at a path itself, links not followed; absent if nothing is there.
-fn stat(path: &Path) -> Result<Option<fs::Metadata>, BackendError> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) => Ok(Some(metadata)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(failed("look at", path)(source)),
-    }
-}
-
-/// Removes a file; one that is not there is removed already.
-fn remove(path: &Path) -> Result<(), BackendError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// Makes renames in a folder survive a power cut.
-fn sync_folder(folder: &Path) -> Result<(), BackendError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync folder", folder))
-}
-
-/// Names in a folder, those that are not UTF-8 left out: none of ours is.
-fn names(folder: &Path) -> Result<Vec<String>, BackendError> {
-    fs::read_dir(folder)
-        .and_then(|entries| {
-            entries
-                .map(|entry| Ok(entry?.file_name().into_string().ok()))
-                .collect::<io::Result<Vec<_>>>()
-        })
-        .map(|names| names.into_iter().flatten().collect())
-        .map_err(failed("list", folder))
-}
-
-fn failed<'a>(
-    action: &'static str,
-    path: &'a Path,
-) -> impl FnOnce(io::Error) -> BackendError + use<'a> {
-    move |source| BackendError::Io { action, path: path.to_owned(), source }
 }

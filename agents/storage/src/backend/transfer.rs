@@ -129,9 +129,7 @@ impl Copy<'_> {
             self.go_on(position)?;
             let length = usize::try_from(span.end - position).unwrap_or(PIECE).min(PIECE);
             let piece = &mut buffer[..length];
-            self.source
-                .read_exact_at(piece, position)
-                .map_err(failed("read", self.source_path))?;
+            self.source.read_exact_at(piece, position).map_err(failed("read", self.source_path))?;
             let next = position + u64::try_from(length).unwrap_or(0);
             if piece.iter().all(|&byte| byte == 0) {
                 self.hole(position..next)?;
@@ -184,8 +182,8 @@ pub(super) fn wipe(
     progress: &Progress,
     mut kept: impl FnMut(u64),
 ) -> Result<(), BackendError> {
-    let length = lseek(target, 0, Whence::SeekEnd)
-        .map_err(|errno| failed("measure", path)(errno.into()))?;
+    let length =
+        lseek(target, 0, Whence::SeekEnd).map_err(|errno| failed("measure", path)(errno.into()))?;
     let total = unsigned(length);
     progress.total.store(total, Ordering::Relaxed);
     let begin = Instant::now();

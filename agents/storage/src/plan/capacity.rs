@@ -11,8 +11,12 @@
 //! ```
 //!
 //! At 100 % every volume can be written full, as long as nobody else fills the file system.
+//!
+//! A thin pool is watched besides: with more than `warn_percent` of its data or metadata used the
+//! agent is not well, and with more than `stop_percent` nothing new is promised, whatever the sum
+//! says. A pool that runs full takes all its volumes down.
 
-use crate::backend::{Item, Observed, Presence, Seen};
+use crate::backend::{Fill, Item, Observed, Presence, Seen};
 
 /// How much of a backend may be promised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +25,42 @@ pub struct Limits {
     pub overcommit_percent: u32,
     /// Part of the whole that is never promised, in percent.
     pub reserved_percent: u32,
+    /// From how full a pool on the agent is not well, in percent.
+    pub warn_percent: u32,
+    /// From how full a pool on nothing new is promised, in percent.
+    pub stop_percent: u32,
+}
+
+impl Limits {
+    /// Why nothing may be promised, if the pool is too full.
+    #[must_use]
+    pub fn stops(&self, fill: Option<Fill>) -> Option<String> {
+        passed(fill, self.stop_percent)
+    }
+
+    /// What to tell of a pool that gets full.
+    #[must_use]
+    pub fn warns(&self, fill: Option<Fill>) -> Option<String> {
+        passed(fill, self.warn_percent)
+    }
+}
+
+/// Which share of a pool has reached a level.
+fn passed(fill: Option<Fill>, level: u32) -> Option<String> {
+    let Fill { data, metadata } = fill?;
+    let (what, used) = if data >= level * 100 {
+        ("data", data)
+    } else if metadata >= level * 100 {
+        ("metadata", metadata)
+    } else {
+        return None;
+    };
+    Some(format!(
+        "{}.{:02} % of the pool's {what} space is used, the limit is {level} %: extend the pool \
+         (lvextend), or delete volumes",
+        used / 100,
+        used % 100
+    ))
 }
 
 /// What may be promised in one pass.
@@ -70,10 +110,9 @@ impl Budget {
 fn claim(item: Item, seen: &Seen) -> u64 {
     match (item, &seen.presence) {
         (Item::Snapshot(_), _) | (_, Presence::Foreign { .. } | Presence::Lost) => 0,
-        (Item::Volume(_), Presence::Ready) if seen.shared => seen.bytes,
-        (Item::Volume(_), Presence::Ready | Presence::Partial) => {
-            seen.bytes.saturating_sub(seen.allocated_bytes)
-        }
+        (Item::Volume(_), Presence::Partial) => seen.bytes.saturating_sub(seen.allocated_bytes),
+        (Item::Volume(_), _) if seen.shared => seen.bytes,
+        (Item::Volume(_), _) => seen.bytes.saturating_sub(seen.allocated_bytes),
     }
 }
 

@@ -1,11 +1,10 @@
 //! What goes: deletions, and who stands in their way.
 
-use stackhand_model::{AttachmentId, AttachmentSpec, ObjectRef};
+use stackhand_model::ObjectRef;
 use stackhand_runtime::agent::Outcome;
 
 use super::{Change, Planner, pending};
 use crate::backend::{Item, Presence, Usage};
-use crate::desired::Wish;
 
 impl Planner<'_> {
     pub(super) fn delete(&mut self) {
@@ -16,6 +15,7 @@ impl Planner<'_> {
                 self.plan.outcomes.insert(id.object(), outcome);
             }
         }
+        self.withdraw();
         let snapshots = wanted.snapshots.iter().filter(|(_, wish)| wish.deleting);
         let volumes = wanted.volumes.iter().filter(|(_, wish)| wish.deleting);
         let items: Vec<Item> = snapshots
@@ -30,34 +30,15 @@ impl Planner<'_> {
         }
     }
 
-    fn detach(&self, id: AttachmentId, wish: &Wish<AttachmentSpec>) -> Outcome {
-        let volume = wish.spec.volume;
-        let here = |host: &str| host == self.situation.host;
-        let others = self.wanted.attachments.iter().any(|(&other, other_wish)| {
-            other != id
-                && !other_wish.deleting
-                && other_wish.spec.volume == volume
-                && here(&other_wish.spec.connector.host)
-        });
-        let usage = self.holder(Item::Volume(volume)).map_or(Usage::Free, |(_, seen)| seen.usage);
-        if here(&wish.spec.connector.host) && !others && usage != Usage::Free {
-            return pending(format!(
-                "a running guest of this host has {} open: detach it from the instance first",
-                self.wanted.call(Item::Volume(volume))
-            ));
-        }
-        Outcome::Gone
-    }
-
     fn remove(&mut self, item: Item) -> Outcome {
         let object = item.object();
         let mut needs = Vec::new();
         match self.obstacles(item, &mut needs) {
             Some(obstacle) => return obstacle,
             None if self.running(item).is_some() => {
-                let backend = self.running(item).map_or("", |copy| &copy.backend);
+                let backend = self.running(item).map_or("", |work| &work.backend);
                 self.step(Some(object), vec![], backend, Change::CallOff { item });
-                return pending("waits for the copy to it to end".into());
+                return pending("waits for the work on it to end".into());
             }
             None => {}
         }
@@ -82,18 +63,24 @@ impl Planner<'_> {
             match &seen.presence {
                 // Never ours, so it stays when our object goes.
                 Presence::Foreign { .. } => {}
-                Presence::Ready if seen.usage != Usage::Free => {
-                    return pending("a running guest has it open".into());
+                Presence::Ready if seen.usage != Usage::Free && !self.is_withdrawn(item) => {
+                    return pending("somebody has it open, such as a running guest".into());
                 }
                 Presence::Partial => {
                     self.step(Some(object), needs.clone(), name, Change::Discard { item });
                 }
-                Presence::Ready | Presence::Lost => {
+                Presence::Ready | Presence::Inactive | Presence::Lost | Presence::Broken { .. } => {
                     self.step(Some(object), needs.clone(), name, Change::Delete { item });
                 }
             }
         }
         Outcome::Gone
+    }
+
+    /// Whether the item is exported no longer once the steps before are done: then nobody has it
+    /// open, and the backend looks again.
+    fn is_withdrawn(&self, item: Item) -> bool {
+        matches!(item, Item::Volume(id) if self.withdrawn.contains(&id))
     }
 
     /// Who still needs the item. Deletions that come first in this pass go to `needs`.
@@ -135,12 +122,12 @@ impl Planner<'_> {
                 going.push(format!("{} to be made from it", self.wanted.call(other)));
             }
         }
-        for (&other, copy) in &self.situation.copies {
-            if copy.source == item
-                && copy.failure.is_none()
+        for (&other, work) in &self.situation.works {
+            if work.kind.source() == Some(item)
+                && work.failure.is_none()
                 && !going.iter().any(|name| name.contains(&other.object().id.to_string()))
             {
-                going.push(format!("the copy to {}", self.wanted.call(other)));
+                going.push(format!("the work on {}", self.wanted.call(other)));
             }
         }
         if !staying.is_empty() {
