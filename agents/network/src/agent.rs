@@ -22,10 +22,9 @@ use stackhand_runtime::run::{AgentContext, StartError};
 use tracing::{debug, info, warn};
 
 use crate::desired::{FIREWALL, HostWish, Local, host_wish};
-use crate::dhcp::Ignored;
-use crate::dhcp::server::{self, Servers};
 use crate::l2::netlink::NetlinkHost;
 use crate::l2::{At, Change, HostNet, Plan, Seen, Step, plan};
+use crate::services::Services;
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
@@ -47,8 +46,7 @@ pub struct NetworkAgent {
     watcher: Watcher,
     wake: Wake,
     events: EventLog,
-    servers: tokio::sync::Mutex<Servers>,
-    dhcp: Arc<server::Counters>,
+    services: tokio::sync::Mutex<Services>,
     /// Held while looking and while changing: what a look remembers must not be older than a
     /// change.
     turn: tokio::sync::Mutex<()>,
@@ -127,7 +125,6 @@ impl NetworkAgent {
             ask(&stuck);
         };
         let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
-        let servers = Servers::default();
         Ok(Self {
             local,
             grace,
@@ -135,8 +132,7 @@ impl NetworkAgent {
             watcher,
             wake,
             events,
-            dhcp: servers.counters(),
-            servers: tokio::sync::Mutex::new(servers),
+            services: tokio::sync::Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             orphans: Mutex::default(),
             stuck,
@@ -147,41 +143,15 @@ impl NetworkAgent {
     }
 
     /// Numbers for `/metrics`.
-    fn readings(&self) -> Vec<Reading> {
+    fn readings(&mut self) -> Vec<Reading> {
         let writes = self.host.write_count();
-        let dhcp = || Arc::clone(&self.dhcp);
-        let (answered, refused, failed) = (dhcp(), dhcp(), dhcp());
-        let (unknown, malformed) = (dhcp(), dhcp());
-        vec![
-            Reading::counter(
-                "network_kernel_writes",
-                "Changes made to the kernel; none while nothing is asked for",
-                move || writes.get(),
-            ),
-            Reading::counter(
-                "network_dhcp_answers",
-                "DHCP offers and acknowledgements sent",
-                move || answered.answered(),
-            ),
-            Reading::counter("network_dhcp_refusals", "DHCP refusals sent", move || {
-                refused.refused()
-            }),
-            Reading::counter(
-                "network_dhcp_failures",
-                "DHCP answers that could not be sent",
-                move || failed.failed(),
-            ),
-            Reading::counter(
-                "network_dhcp_unknown_clients",
-                "DHCP messages of clients that no port has",
-                move || unknown.ignored(Ignored::UnknownClient),
-            ),
-            Reading::counter(
-                "network_dhcp_malformed",
-                "DHCP messages that made no sense",
-                move || malformed.ignored(Ignored::Malformed),
-            ),
-        ]
+        let mut readings = self.services.get_mut().readings();
+        readings.push(Reading::counter(
+            "network_kernel_writes",
+            "Changes made to the kernel; none while nothing is asked for",
+            move || writes.get(),
+        ));
+        readings
     }
 
     /// Orphans whose time is up. Remembers those that are new and asks for a pass when theirs is.
@@ -262,7 +232,7 @@ impl NetworkAgent {
     /// Lets go of namespaces that are to be deleted: a socket in one would keep it.
     async fn let_go(&self, wish: &HostWish) {
         self.watcher.leave(|space| !wish.l2.spaces.contains_key(space));
-        self.servers.lock().await.retain(|network| wish.dhcp.contains_key(&network));
+        self.services.lock().await.retain(&wish.services);
     }
 
     /// Hands the servers their tables and starts those that do not run.
@@ -272,23 +242,13 @@ impl NetworkAgent {
         seen: &Seen,
         troubled: &mut BTreeMap<ObjectRef, String>,
     ) {
-        let mut servers = self.servers.lock().await;
-        for (network, service) in &wish.dhcp {
-            let at = At::inside(service.space.clone(), service.link.clone());
-            let link = seen.links.get(&at);
-            let found = link.and_then(|link| link.mac).zip(self.host.known_index(&at));
-            let Some((mac, index)) = found else { continue };
-            let wanted = server::Wanted {
-                space: service.space.clone(),
-                link: service.link.clone(),
-                index,
-                mac,
-                table: Arc::new(service.table.clone()),
-            };
-            if let Err(error) = servers.serve(*network, &wanted).await {
-                let reason = format!("cannot serve DHCP: {}", Chain(&error));
-                troubled.entry(network.object()).or_insert(reason);
-            }
+        let find = |at: &At| {
+            let mac = seen.links.get(at).and_then(|link| link.mac)?;
+            Some((self.host.known_index(at)?, mac))
+        };
+        let mut services = self.services.lock().await;
+        for (object, reason) in services.serve(&wish.services, find).await {
+            troubled.entry(object).or_insert(reason);
         }
         let names: Vec<String> = wish.l2.spaces.keys().cloned().collect();
         self.watcher.follow(&names).await;
@@ -394,11 +354,8 @@ impl Agent for NetworkAgent {
             Ok(seen) => outcome::link_facts(&seen),
             Err(error) => json!({"error": Chain(&error).to_string()}),
         };
-        let ignored: BTreeMap<&str, u64> = Ignored::ALL
-            .into_iter()
-            .map(|reason| (reason.as_str(), self.dhcp.ignored(reason)))
-            .collect();
-        json!({
+        let mut facts = self.services.lock().await.facts();
+        let own = json!({
             "kernel": probe::kernel(),
             "abilities": abilities,
             "network_types": ["local", "flat", "vxlan"],
@@ -407,14 +364,11 @@ impl Agent for NetworkAgent {
             "vxlan_port": self.local.vxlan_port,
             "host": self.host_spec,
             "writes": self.host.writes(),
-            "dhcp": {
-                "networks": self.servers.lock().await.networks().count(),
-                "answered": self.dhcp.answered(),
-                "refused": self.dhcp.refused(),
-                "failed": self.dhcp.failed(),
-                "ignored": ignored,
-            },
-        })
+        });
+        if let (Value::Object(facts), Value::Object(own)) = (&mut facts, own) {
+            facts.extend(own);
+        }
+        facts
     }
 
     fn troubles(&self) -> Vec<String> {

@@ -18,9 +18,9 @@ use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, Spec};
 use stackhand_model::{HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
 use stackhand_runtime::agent::Desired;
 
-use crate::dhcp::Table;
 use crate::l2::{At, BRIDGE, Forwarding, Make, Seen, SeenKind, Set, Wanted, Wish};
 use crate::names::{self, Mark};
+use crate::services::Site;
 
 /// What this host is, as far as documents do not say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,8 +42,8 @@ pub struct Local {
 pub struct HostWish {
     /// Links and forwarding.
     pub l2: Wish,
-    /// DHCP servers.
-    pub dhcp: BTreeMap<NetworkId, DhcpService>,
+    /// What guests are served, by the link inside a namespace.
+    pub services: BTreeMap<At, Site>,
     /// Networks that are wired here.
     pub wired: BTreeMap<NetworkId, Wired>,
     /// What documents alone say about an object: why it cannot be active.
@@ -59,17 +59,6 @@ pub struct Wired {
     pub uplink: Option<String>,
     /// Largest IP packet in bytes.
     pub mtu: u32,
-}
-
-/// A DHCP server that is wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DhcpService {
-    /// Its namespace.
-    pub space: String,
-    /// Its link there.
-    pub link: String,
-    /// What it tells.
-    pub table: Table,
 }
 
 /// Why an object is not active whatever the host does.

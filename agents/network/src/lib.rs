@@ -4,10 +4,10 @@ pub mod admit;
 pub mod agent;
 pub mod checks;
 pub mod desired;
-pub mod dhcp;
 pub mod l2;
 pub mod names;
 mod probe;
+pub mod services;
 pub mod settings;
 mod watch;
 

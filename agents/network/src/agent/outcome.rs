@@ -162,14 +162,12 @@ impl Host<'_> {
         if !guests.is_empty() {
             facts["foreign_ports"] = json!(guests);
         }
-        if let Some(service) = self.wish.dhcp.get(&id) {
-            let servers: Vec<String> =
-                service.table.scopes.iter().map(|scope| scope.server.to_string()).collect();
-            facts["dhcp"] = json!({
-                "namespace": service.space,
-                "servers": servers,
-                "leases": service.table.clients.len(),
-            });
+        let space = names::dhcp_space(id);
+        let mut sites = self.wish.services.range(At::inside(space.clone(), "")..);
+        if let Some((at, site)) = sites.next()
+            && at.space.as_ref() == Some(&space)
+        {
+            facts["dhcp"] = site.facts(&space);
         }
         facts
     }

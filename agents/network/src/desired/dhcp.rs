@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 use stackhand_kernel::netlink::BridgePort;
@@ -14,10 +15,11 @@ use stackhand_model::{MacAddr, NetworkId, PortId};
 use stackhand_model::{NetworkSpec, PortOwner, PortSpec, Subnet};
 use uuid::Uuid;
 
-use super::{Builder, DhcpService, needs_tap};
-use crate::dhcp::{self, Client, METADATA, Scope, Table};
+use super::{Builder, needs_tap};
 use crate::l2::{At, Make, Set, Wanted};
 use crate::names::{self, Mark};
+use crate::services::Site;
+use crate::services::dhcp::{self, Client, METADATA, Scope, Table};
 
 /// Whether this host serves the network's IPv4 guests.
 pub(super) fn serves(network: &NetworkSpec, host: &str, has_taps: bool) -> bool {
@@ -112,7 +114,7 @@ impl Builder<'_> {
             addresses: Some(addresses),
         };
         self.want(far.clone(), wanted);
-        self.wish.l2.spaces.insert(space.clone(), Mark::Network(id));
+        self.wish.l2.spaces.insert(space, Mark::Network(id));
         let clients = self.clients(id, &scopes, kept_apart);
         let table = Table {
             mtu,
@@ -121,7 +123,8 @@ impl Builder<'_> {
             scopes,
             clients,
         };
-        self.wish.dhcp.insert(id, DhcpService { space, link: far.link, table });
+        let site = Site { object: id.object(), dhcp: Some(Arc::new(table)) };
+        self.wish.services.insert(far, site);
         Some(kept_apart)
     }
 

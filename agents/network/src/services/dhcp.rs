@@ -11,12 +11,12 @@
 //! is willing to read, so that one network's storm is its own.
 
 mod answer;
-pub mod server;
+mod server;
 mod table;
 #[cfg(test)]
 mod tests;
 mod wire;
 
 pub use answer::{Answer, Delivery, Ignored, answer};
-pub use server::{Counters, Servers};
+pub use server::Server;
 pub use table::{Client, Extra, METADATA, Scope, Table, default_host_name, extra, routes};

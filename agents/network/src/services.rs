@@ -1,0 +1,105 @@
+//! What guests are served by the agent itself: DHCP, DNS, metadata. One process for all networks.
+//!
+//! ```text
+//! documents ──> Site: a link inside a namespace, and a table for each service there
+//! Site ──watch──> one small task per socket ──> answer (pure) ──> guest
+//! ```
+//!
+//! Every table follows from documents alone, so there is nothing to remember: a restart opens the
+//! sockets again and goes on. Guests are hostile. What they send is parsed by bounded code that
+//! never panics, and each server reads no faster than it is willing to answer, so that one
+//! network's storm is its own.
+
+pub mod dhcp;
+mod fleet;
+mod pace;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use stackhand_kernel::Chain;
+use stackhand_model::{MacAddr, ObjectRef};
+use stackhand_runtime::metrics::Reading;
+
+use crate::l2::At;
+use fleet::Fleet;
+
+/// A link inside a namespace, and what is served there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    /// The object that fails if a service cannot be given.
+    pub object: ObjectRef,
+    /// Who gets which IPv4 address.
+    pub dhcp: Option<Arc<dhcp::Table>>,
+}
+
+impl Site {
+    /// What is served, for the network's status.
+    #[must_use]
+    pub fn facts(&self, space: &str) -> Value {
+        let scopes = self.dhcp.iter().flat_map(|table| &table.scopes);
+        let servers: Vec<String> = scopes.map(|scope| scope.server.to_string()).collect();
+        json!({
+            "namespace": space,
+            "servers": servers,
+            "leases": self.dhcp.as_ref().map_or(0, |table| table.clients.len()),
+        })
+    }
+}
+
+/// The services of this host.
+#[derive(Debug)]
+pub struct Services {
+    dhcp: Fleet<dhcp::Server>,
+}
+
+impl Services {
+    /// No service yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { dhcp: Fleet::new(dhcp::Server::default()) }
+    }
+
+    /// Stops what is not wanted any more: a socket would keep its namespace.
+    pub fn retain(&mut self, wanted: &BTreeMap<At, Site>) {
+        self.dhcp.retain(|at| wanted.get(at).is_some_and(|site| site.dhcp.is_some()));
+    }
+
+    /// Hands servers their tables and starts those that do not run. `find` tells number and
+    /// Ethernet address of a link; what has none yet is left for a later pass. Returns what could
+    /// not be served, by object.
+    pub async fn serve(
+        &mut self,
+        wanted: &BTreeMap<At, Site>,
+        find: impl Fn(&At) -> Option<(u32, MacAddr)>,
+    ) -> BTreeMap<ObjectRef, String> {
+        let mut troubled = BTreeMap::new();
+        for (at, site) in wanted {
+            let Some((index, mac)) = find(at) else { continue };
+            let served = self.dhcp.serve(at, (index, mac), site.dhcp.as_ref()).await;
+            if let Err(error) = served {
+                troubled.entry(site.object).or_insert_with(|| Chain(&error).to_string());
+            }
+        }
+        troubled
+    }
+
+    /// What the services did, for `facts`.
+    #[must_use]
+    pub fn facts(&self) -> Value {
+        json!({"dhcp": self.dhcp.shared().facts(self.dhcp.len())})
+    }
+
+    /// Numbers for `/metrics`.
+    #[must_use]
+    pub fn readings(&self) -> Vec<Reading> {
+        dhcp::Server::readings(self.dhcp.shared())
+    }
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self::new()
+    }
+}

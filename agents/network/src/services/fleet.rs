@@ -1,0 +1,137 @@
+//! The servers of one kind: a task for each site, kept across passes.
+//!
+//! A server survives passes: a new table is handed to the running task. It is opened anew only
+//! when its namespace, its link or the addresses that it listens on are others.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+
+use stackhand_kernel::{KernelError, Netns, NetnsId};
+use stackhand_model::MacAddr;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::l2::At;
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) at: At,
+    /// Tells a namespace from one of the same name that came before.
+    space: NetnsId,
+    /// The link's number.
+    pub(super) index: u32,
+    /// The link's Ethernet address.
+    pub(super) mac: MacAddr,
+}
+
+/// A kind of server. The value is what all servers of the kind share: counters and limits.
+pub(super) trait Service: Send + Sync + 'static {
+    /// What it is called in messages.
+    const ACTION: &'static str;
+    /// What a server tells.
+    type Table: PartialEq + Send + Sync + 'static;
+    /// What its sockets depend on besides the place.
+    type Binding: PartialEq + Clone + Send + 'static;
+    /// What it listens with.
+    type Sockets: Send + 'static;
+
+    fn binding(table: &Self::Table) -> Self::Binding;
+
+    /// Opens the sockets; runs on a thread inside the namespace.
+    fn open(place: &Place, binding: &Self::Binding) -> io::Result<Self::Sockets>;
+
+    /// Serves until it is dropped.
+    fn run(
+        self: Arc<Self>,
+        place: Place,
+        sockets: Self::Sockets,
+        table: watch::Receiver<Arc<Self::Table>>,
+    ) -> impl Future<Output = ()> + Send;
+}
+
+struct Running<S: Service> {
+    place: Place,
+    binding: S::Binding,
+    table: watch::Sender<Arc<S::Table>>,
+    task: JoinHandle<()>,
+}
+
+impl<S: Service> Drop for Running<S> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The servers of one kind.
+pub(super) struct Fleet<S: Service> {
+    shared: Arc<S>,
+    running: BTreeMap<At, Running<S>>,
+}
+
+impl<S: Service> std::fmt::Debug for Fleet<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.running.keys()).finish()
+    }
+}
+
+impl<S: Service> Fleet<S> {
+    pub(super) fn new(shared: S) -> Self {
+        Self { shared: Arc::new(shared), running: BTreeMap::new() }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<S> {
+        &self.shared
+    }
+
+    /// How many servers run.
+    pub(super) fn len(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Stops the servers that are not to be kept.
+    pub(super) fn retain(&mut self, keep: impl Fn(&At) -> bool) {
+        self.running.retain(|at, _| keep(at));
+    }
+
+    /// Makes the server at a link be as wanted. A task is started anew only if it has to be.
+    pub(super) async fn serve(
+        &mut self,
+        at: &At,
+        (index, mac): (u32, MacAddr),
+        table: Option<&Arc<S::Table>>,
+    ) -> Result<(), KernelError> {
+        let (Some(table), Some(name)) = (table, &at.space) else { return Ok(()) };
+        let space = Netns::named(name)?;
+        let id = space.id().ok_or_else(|| KernelError::Namespace {
+            action: S::ACTION,
+            namespace: name.clone(),
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+        let place = Place { at: at.clone(), space: id, index, mac };
+        let binding = S::binding(table);
+        if let Some(server) = self.running.get(at)
+            && server.place == place
+            && server.binding == binding
+            && !server.task.is_finished()
+        {
+            server.table.send_if_modified(|known| {
+                let changed = **known != **table;
+                if changed {
+                    *known = Arc::clone(table);
+                }
+                changed
+            });
+            return Ok(());
+        }
+        self.running.remove(at);
+        let (here, bound) = (place.clone(), binding.clone());
+        let sockets = space.inside(S::ACTION, move || S::open(&here, &bound)).await?;
+        let (told, table) = watch::channel(Arc::clone(table));
+        let task = tokio::spawn(Arc::clone(&self.shared).run(place.clone(), sockets, table));
+        self.running.insert(at.clone(), Running { place, binding, table: told, task });
+        Ok(())
+    }
+}
