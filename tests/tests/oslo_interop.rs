@@ -2,7 +2,7 @@
 //!
 //! The Python process does what it is told, line by line (`tests/python/peer.py`); this file
 //! tells it, serves it, calls it and compares. Every case runs with transient, durable and
-//! quorum queues.
+//! quorum queues, and with fanouts by streams; on the last two Python compresses what it sends.
 
 #![expect(clippy::disallowed_methods, reason = "runs a long-lived helper over pipes")]
 
@@ -35,19 +35,30 @@ mod broker {
         theirs: &'static str,
     }
 
-    fn modes() -> [Mode; 3] {
+    fn modes() -> [Mode; 4] {
         let plain = AmqpOptions { rpc_ping_enabled: true, ..AmqpOptions::default() };
+        let quorum =
+            AmqpOptions { quorum_queues: true, transient_quorum_queues: true, ..plain.clone() };
         [
             Mode { name: "transient", ours: plain.clone(), theirs: "" },
             Mode {
                 name: "durable",
-                ours: AmqpOptions { durable_queues: true, ..plain.clone() },
+                ours: AmqpOptions { durable_queues: true, ..plain },
                 theirs: "?amqp_durable_queues=true",
             },
             Mode {
                 name: "quorum",
-                ours: AmqpOptions { quorum_queues: true, transient_quorum_queues: true, ..plain },
-                theirs: "?rabbit_quorum_queue=true&rabbit_transient_quorum_queue=true",
+                ours: quorum.clone(),
+                theirs: "?rabbit_quorum_queue=true&rabbit_transient_quorum_queue=true\
+                         &kombu_compression=gzip",
+            },
+            // Fanouts by streams, which want a bound on what is under way.
+            Mode {
+                name: "streams",
+                ours: AmqpOptions { stream_fanout: true, ..quorum },
+                theirs: "?rabbit_quorum_queue=true&rabbit_transient_quorum_queue=true\
+                         &rabbit_stream_fanout=true&rabbit_qos_prefetch_count=10\
+                         &kombu_compression=bzip2",
             },
         ]
     }

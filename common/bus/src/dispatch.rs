@@ -1,5 +1,5 @@
-//! What the transports without a broker share: checking a call, and running a handler so that
-//! nothing it does can take the server down.
+//! What the transports share: checking a call, and running a handler so that nothing it does can
+//! take the server down.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -37,12 +37,17 @@ pub(crate) fn timed_out(target: &Target, method: &str, passed: Duration) -> BusE
     BusError::Timeout { target: target.to_string(), method: method.to_owned(), seconds }
 }
 
-/// Runs a handler; a panic in it becomes a failure like any other.
-pub(crate) async fn run(handler: &dyn Handler, delivered: Delivered) -> Result<Value, Failure> {
+/// Runs a handler; a panic in it becomes a failure like any other, and `panicked` is told.
+pub(crate) async fn run(
+    handler: &dyn Handler,
+    delivered: Delivered,
+    panicked: impl FnOnce(),
+) -> Result<Value, Failure> {
     let method = delivered.request.method.clone();
     // The call that makes the future may panic as well as the future.
     let handling = AssertUnwindSafe(async { handler.handle(delivered).await });
     handling.catch_unwind().await.unwrap_or_else(|panic| {
+        panicked();
         let why = panic_text(panic.as_ref());
         tracing::error!(method, why, "handler panicked");
         Err(Failure::new("InternalError", format!("the handler of `{method}` panicked: {why}")))

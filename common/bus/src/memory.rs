@@ -265,7 +265,7 @@ async fn serve(
             Some(parcel) = parcels.recv(), if running.len() < concurrency => {
                 let handler = Arc::clone(&handler);
                 running.spawn(async move {
-                    let outcome = run(handler.as_ref(), parcel.delivered).await;
+                    let outcome = run(handler.as_ref(), parcel.delivered, || {}).await;
                     if let Some(answer) = parcel.answer {
                         let _caller_gave_up = answer.send(outcome);
                     }

@@ -5,12 +5,15 @@
 //! not trusted, and whatever they hold ends in a frame or in an error, never in a panic.
 
 mod lenient;
+mod packed;
 #[cfg(test)]
 mod tests;
 
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
+
+pub use packed::unpack;
 
 use crate::{BusError, Context, Failure, Notification, Priority, Request, Target, Version};
 

@@ -11,10 +11,12 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
+use crate::amqp::body::body;
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, SendError, Session, short};
-use crate::amqp::topology::{self, Exchange, Queue, new_id, transient_queue};
+use crate::amqp::topology::{self, Exchange, Queue, transient_queue};
+use crate::dispatch::{check_call, new_id, timed_out};
 use crate::wire::{self, ReplyFrame, ReplyTo};
 use crate::{BusError, CallLimits, Failure, Notification, Request, Target};
 
@@ -147,7 +149,7 @@ impl ReplyBook {
                 };
                 // A lost ack only means that the answer comes again, and is unknown then.
                 let _ = delivery.ack(BasicAckOptions::default()).await;
-                match wire::decode_reply(&delivery.data) {
+                match body(&delivery).and_then(|body| wire::decode_reply(&body)) {
                     Ok(frame) => {
                         if !shared.replies.take(frame) {
                             shared.counts.unknown_replies.add();
@@ -171,7 +173,7 @@ pub(super) async fn call(
     request: Request,
     limits: CallLimits,
 ) -> Result<Value, BusError> {
-    check(target, &request, limits)?;
+    check_call(target, &request.method, limits)?;
     shared.counts.calls.add();
     let begun = Instant::now();
     let deadline = begun + limits.total;
@@ -184,11 +186,7 @@ pub(super) async fn call(
     let body = wire::encode_request(target, &request, &new_id(), Some(&reply_to));
     let timeout = |passed: Duration| {
         shared.counts.timeouts.add();
-        BusError::Timeout {
-            target: target.to_string(),
-            method: request.method.clone(),
-            seconds: passed.as_secs() + u64::from(passed.subsec_millis() > 0),
-        }
+        timed_out(target, &request.method, passed)
     };
 
     // The call is in one of three states: to be sent, handed over, or over.
@@ -272,18 +270,6 @@ fn answered(
         // The sender lives in the book for as long as we wait.
         Err(_) => Err(BusError::Malformed("the answer was lost inside this process".into())),
     }
-}
-
-fn check(target: &Target, request: &Request, limits: CallLimits) -> Result<(), BusError> {
-    if target.fanout {
-        let what = format!("`{}` to {target}: a call cannot go to all; cast it", request.method);
-        return Err(BusError::Config(what));
-    }
-    if limits.monitor.is_some_and(|monitor| monitor < Duration::from_secs(2)) {
-        let what = "the monitor of a call must be at least 2 s, which servers answer every second";
-        return Err(BusError::Config(what.into()));
-    }
-    Ok(())
 }
 
 /// Publishes a call until a queue has it. A target without queues is tried again for a while:
@@ -398,7 +384,12 @@ pub(super) async fn send(
                 return Err(BusError::Unreachable { peer, reason: not_yet.unwrap_or_default() });
             }
             Err(_) => {
-                let reason = format!("the broker did not take the message within {limit:?}");
+                let mut reason = format!("the broker did not take the message within {limit:?}");
+                if let Some(why) = session.blocked() {
+                    reason.push_str(&format!(
+                        ": it takes none ({why}); look at `rabbitmq-diagnostics alarms`"
+                    ));
+                }
                 return Err(BusError::Unreachable { peer, reason });
             }
         }

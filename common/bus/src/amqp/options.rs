@@ -39,7 +39,7 @@ pub struct AmqpOptions {
     /// Seconds after which an unused reply or fanout queue is deleted; 0 is never.
     #[serde(alias = "rabbit_transient_queues_ttl")]
     pub transient_queues_ttl_seconds: u32,
-    /// Fanout through stream queues. Not offered: true is refused.
+    /// Fanouts through one stream a topic in place of a queue a server. All programs must agree.
     #[serde(alias = "rabbit_stream_fanout")]
     pub stream_fanout: bool,
     /// Send `x-ha-policy`, which RabbitMQ ignores since version 3 but compares.
@@ -177,10 +177,8 @@ impl AmqpOptions {
     /// [`BusError::Config`] naming the option and the remedy.
     pub fn validate(&self) -> Result<(), BusError> {
         let wrong = |what: &str| Err(BusError::Config(what.to_owned()));
-        if self.stream_fanout {
-            return wrong(
-                "stream_fanout is not offered; unset it here and in every program of the cloud",
-            );
+        if self.stream_fanout && !self.transient_quorum_queues {
+            return wrong("stream_fanout needs transient_quorum_queues = true, in all programs");
         }
         if self.ha_queues && (self.quorum_queues || self.transient_quorum_queues) {
             return wrong("ha_queues and quorum queues exclude each other; unset ha_queues");

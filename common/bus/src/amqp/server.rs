@@ -5,13 +5,13 @@
 //! handler is free for it: what we cannot work on stays in the broker, so memory stays flat
 //! under any load and another server can have it.
 
-use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
-use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
@@ -21,13 +21,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::amqp::body::{body, offset_of};
 use crate::amqp::link::Shared;
 use crate::amqp::memory::{Admission, Memory};
 use crate::amqp::reply;
-use crate::amqp::session::{DeclareError, Session, short};
-use crate::amqp::topology::{new_id, service_queues};
+use crate::amqp::session::{DeclareError, Session, is_stream, short};
+use crate::amqp::stream::Start;
+use crate::amqp::topology::service_queues;
+use crate::dispatch::{self, new_id};
 use crate::wire::{self, BadRequest, ReplyFrame, ReplyTo, RequestFrame};
-use crate::{BusError, Delivered, Failure, Handler, Origin, ServerHandle, Service};
+use crate::{BusError, Delivered, Failure, Handler, Origin, ReadFrom, ServerHandle, Service};
 
 /// oslo.messaging's own method, answered for every service where it is switched on.
 const PING: &str = "oslo_rpc_server_ping";
@@ -41,6 +44,8 @@ pub(super) struct Server {
     handler: Arc<dyn Handler>,
     /// The fanout queue keeps its name, so that a short outage loses no cast.
     fanout_id: String,
+    /// What comes next in the stream of fanouts, where they come by one; 0 before the first.
+    next_fanout: AtomicU64,
     permits: Arc<Semaphore>,
     memory: Mutex<Memory>,
     /// The last session this server was started on.
@@ -53,8 +58,8 @@ pub(super) struct Server {
     working: TaskTracker,
 }
 
-/// What a consumer yields; `None` marks its end.
-type Deliveries = SelectAll<BoxStream<'static, Option<lapin::Result<Delivery>>>>;
+/// What a consumer yields, and whether it reads a stream; `None` marks its end.
+type Deliveries = SelectAll<BoxStream<'static, Option<(bool, lapin::Result<Delivery>)>>>;
 
 /// Serves. See [`crate::Transport::serve`].
 pub(super) async fn serve(
@@ -72,6 +77,7 @@ pub(super) async fn serve(
         service,
         handler,
         fanout_id: new_id(),
+        next_fanout: AtomicU64::new(0),
         memory: Mutex::default(),
         started: tokio::sync::Mutex::new(0),
         stop: stop.clone(),
@@ -168,9 +174,19 @@ impl Server {
             for (tag, queue) in (1..).zip(&queues) {
                 let options = BasicConsumeOptions::default();
                 let (name, tag) = (short(&queue.name)?, short(&tag.to_string())?);
+                let mut arguments = FieldTable::default();
+                let streamed = is_stream(queue);
+                if streamed {
+                    let start = match self.next_fanout.load(Ordering::Relaxed) {
+                        0 => Start::From(ReadFrom::Next),
+                        next => Start::Offset(next),
+                    };
+                    arguments.insert("x-stream-offset".into(), start.argument());
+                }
                 let consumer: Consumer =
-                    channel.basic_consume(name, tag, options, FieldTable::default()).await?;
-                let with_end = consumer.map(Some).chain(stream::once(async { None }));
+                    channel.basic_consume(name, tag, options, arguments).await?;
+                let marked = consumer.map(move |delivery| Some((streamed, delivery)));
+                let with_end = marked.chain(stream::once(async { None }));
                 deliveries.push(with_end.boxed());
             }
             Ok(())
@@ -197,12 +213,14 @@ impl Server {
                 () = session.over() => return,
                 next = next => next,
             };
-            let (Ok(permit), Some(Ok(delivery))) = (permit, delivery) else {
+            let (Ok(permit), Some((streamed, Ok(delivery)))) = (permit, delivery) else {
                 let topic = &self.service.topic;
                 session.end(format!("the broker cancelled a consumer of {topic}"));
                 return;
             };
-            self.take(shared, delivery, permit).await;
+            // Others than a stream could be told any place by whoever writes to them.
+            let offset = if streamed { offset_of(&delivery) } else { None };
+            self.take(shared, delivery, offset, permit).await;
         }
     }
 
@@ -211,9 +229,19 @@ impl Server {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         delivery: Delivery,
+        offset: Option<u64>,
         permit: OwnedSemaphorePermit,
     ) {
-        let decoded = readable(&delivery).and_then(|()| wire::decode_request(&delivery.data));
+        if offset.is_some_and(|offset| offset < self.next_fanout.load(Ordering::Relaxed)) {
+            // Chunks of a stream are delivered whole: the first may begin before where we asked.
+            let _ = delivery.ack(BasicAckOptions::default()).await;
+            return;
+        }
+        let read = || self.next_fanout.fetch_max(offset.map_or(0, |it| it + 1), Ordering::Relaxed);
+        let decoded = match body(&delivery) {
+            Ok(body) => wire::decode_request(&body),
+            Err(error) => Err(unreadable(error)),
+        };
         let frame = match decoded {
             Ok(frame) => frame,
             Err(bad) => {
@@ -221,6 +249,7 @@ impl Server {
                 tracing::warn!(topic = self.service.topic, error = %bad.error, "request dropped");
                 // Failing to reject means that it comes again, and is dropped then.
                 let _ = delivery.reject(BasicRejectOptions { requeue: false }).await;
+                read();
                 if let BadRequest { reply_to: Some(reply_to), failure, .. } = *bad {
                     self.answer(shared, &reply_to, Err(failure));
                 }
@@ -236,6 +265,7 @@ impl Server {
                     self.remember().forget(&frame.unique_id);
                     return;
                 }
+                read();
                 shared.counts.served.add();
                 let (server, shared) = (Arc::clone(self), Arc::clone(shared));
                 self.working.spawn(async move {
@@ -261,8 +291,7 @@ impl Server {
         permit: OwnedSemaphorePermit,
     ) {
         let RequestFrame { request, namespace, version, unique_id, reply_to } = frame;
-        let method = request.method.clone();
-        let handled = if shared.options.rpc_ping_enabled && method == PING {
+        let handled = if shared.options.rpc_ping_enabled && request.method == PING {
             Ok(Value::from("pong"))
         } else {
             let delivered = Delivered {
@@ -273,22 +302,12 @@ impl Server {
                 is_call: reply_to.is_some(),
                 origin: Origin::Broker,
             };
-            // The handler's own call may panic as well as its future.
-            let handling = async { self.handler.handle(delivered).await };
-            let handling = AssertUnwindSafe(handling).catch_unwind();
-            let handled = match &reply_to {
+            let panicked = || shared.counts.panics.add();
+            let handling = dispatch::run(self.handler.as_ref(), delivered, panicked);
+            match &reply_to {
                 Some(reply_to) => keep_alive(shared, reply_to, handling).await,
                 None => handling.await,
-            };
-            handled.unwrap_or_else(|panic| {
-                shared.counts.panics.add();
-                let why = panic_text(panic.as_ref());
-                tracing::error!(method, why, "handler panicked");
-                Err(Failure::new(
-                    "InternalError",
-                    format!("the handler of `{method}` panicked: {why}"),
-                ))
-            })
+            }
         };
         let answer = reply_to.as_ref().map(|reply_to| encode(reply_to, handled));
         self.remember().finish(&unique_id, answer.clone());
@@ -322,7 +341,10 @@ impl Server {
         self.working.wait().await;
         if let Some(session) = shared.current() {
             let [_, _, fanout] = service_queues(&self.service, &self.fanout_id, &shared.options);
-            session.delete_queue(&fanout.name).await;
+            // A stream is the other servers', too.
+            if !is_stream(&fanout) {
+                session.delete_queue(&fanout.name).await;
+            }
         }
         drop(kill);
     }
@@ -374,28 +396,8 @@ fn encode(reply_to: &ReplyTo, outcome: Result<Value, Failure>) -> Bytes {
     wire::encode_reply(&frame, &new_id()).into()
 }
 
-/// Refuses bodies that are not plain JSON before they are parsed.
-fn readable(delivery: &Delivery) -> Result<(), Box<BadRequest>> {
-    let compressed = delivery
-        .properties
-        .headers()
-        .as_ref()
-        .is_some_and(|headers| headers.contains_key("compression"));
-    if !compressed {
-        return Ok(());
-    }
-    let what = "the body is compressed; unset kombu_compression at the sender";
-    Err(Box::new(BadRequest {
-        reply_to: None,
-        failure: Failure::new("MalformedMessage", what),
-        error: BusError::Malformed(what.into()),
-    }))
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned())
+/// What is done with a body that cannot be unpacked: where its caller waits is inside.
+fn unreadable(error: BusError) -> Box<BadRequest> {
+    let failure = Failure::new("MalformedMessage", error.to_string());
+    Box::new(BadRequest { reply_to: None, failure, error })
 }

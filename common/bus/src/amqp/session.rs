@@ -59,7 +59,8 @@ pub(super) enum SendError {
 pub(super) enum DeclareError {
     /// The session ended.
     LinkLost,
-    /// A replicated queue exists and has no leader now, as after a node's crash. It will.
+    /// A replicated queue exists and has no leader now, as after a node's crash; or a stream is
+    /// missing and another program makes one. It will be there.
     NotYet(String),
     /// The broker refuses, and will again.
     Refused(String),
@@ -101,6 +102,8 @@ pub(super) struct Session {
     queues: Mutex<BTreeSet<String>>,
     lanes: Mutex<Vec<Channel>>,
     free_lanes: Semaphore,
+    /// Why the broker takes no messages at present, in its words.
+    blocked: Mutex<Option<String>>,
     end: CancellationToken,
     why: OnceLock<String>,
 }
@@ -129,6 +132,7 @@ impl Session {
             queues: Mutex::default(),
             lanes: Mutex::default(),
             free_lanes: Semaphore::new(LANES),
+            blocked: Mutex::default(),
             end: CancellationToken::new(),
             why: OnceLock::new(),
         }
@@ -153,6 +157,11 @@ impl Session {
         self.why.get().map_or("the connection was closed", String::as_str)
     }
 
+    /// Why the broker takes no messages at present, if it said so.
+    pub(super) fn blocked(&self) -> Option<String> {
+        locked(&self.blocked).clone()
+    }
+
     /// Watches the connection until the session is over.
     pub(super) async fn watch(&self) {
         let events = self.connection.events_listener();
@@ -166,9 +175,11 @@ impl Session {
                     Some(Event::Error(error)) => self.end(error.to_string()),
                     Some(Event::ConnectionBlocked(reason)) => {
                         tracing::warn!(peer = %self.peer, reason, "broker holds our messages back");
+                        *locked(&self.blocked) = Some(reason);
                     }
                     Some(Event::ConnectionUnblocked) => {
                         tracing::info!(peer = %self.peer, "broker takes our messages again");
+                        *locked(&self.blocked) = None;
                     }
                     Some(_) => {}
                     None => self.end("the connection's events ended"),
@@ -281,6 +292,11 @@ impl Session {
                     Ok(_) => self.try_queue(&mut declarer, queue, false).await,
                     Err(error) => Err(error),
                 }
+            }
+            // Nobody refuses: the program that makes a stream now takes longer than we wait.
+            Err(error) if is_stream(queue) && code(&error) == Some(RESOURCE_LOCKED) => {
+                let reason = format!("cannot declare {what} yet: another program makes a stream");
+                return Err(DeclareError::NotYet(reason));
             }
             other => other,
         }
@@ -536,7 +552,8 @@ pub(super) fn code(error: &lapin::Error) -> Option<u16> {
     }
 }
 
-fn is_stream(queue: &Queue) -> bool {
+/// Whether a queue is a stream.
+pub(super) fn is_stream(queue: &Queue) -> bool {
     queue.arguments.inner().get("x-queue-type") == Some(&text("stream"))
 }
 

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Consumer};
@@ -18,11 +17,13 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::amqp::body::offset_of;
 use crate::amqp::client::{Needs, send};
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, Session, short};
-use crate::amqp::topology::{interval, new_id, stream_queue, text};
+use crate::amqp::topology::{interval, stream_queue, text};
+use crate::dispatch::new_id;
 use crate::{BusError, ReadFrom, Record, Stream, wire};
 
 /// Records delivered ahead of their acknowledgement. Streams insist on a bound.
@@ -63,13 +64,14 @@ async fn append(shared: &Shared, stream: &Stream, body: &[u8]) -> Result<(), Bus
 
 /// Where the next consumer starts.
 #[derive(Clone, Copy, Debug)]
-enum Start {
+pub(super) enum Start {
     From(ReadFrom),
     Offset(u64),
 }
 
 impl Start {
-    fn argument(self) -> AMQPValue {
+    /// The consumer's argument `x-stream-offset`.
+    pub(super) fn argument(self) -> AMQPValue {
         match self {
             Self::From(ReadFrom::First) => text("first"),
             Self::From(ReadFrom::Next) => text("next"),
@@ -140,16 +142,6 @@ async fn subscribe(
     let what = format!("consumer of {}", stream.name);
     let consumer = consuming.await.map_err(|error| session.refused(&what, &error))?;
     Ok((channel, consumer))
-}
-
-fn offset_of(delivery: &Delivery) -> Option<u64> {
-    let headers = delivery.properties.headers().as_ref()?;
-    match headers.inner().get("x-stream-offset")? {
-        AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
-        AMQPValue::LongInt(offset) => u64::try_from(*offset).ok(),
-        AMQPValue::LongUInt(offset) => Some(u64::from(*offset)),
-        _ => None,
-    }
 }
 
 /// Reads on, across sessions.

@@ -4,7 +4,6 @@
 use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, LongString};
-use uuid::Uuid;
 
 use crate::amqp::AmqpOptions;
 use crate::{Service, Stream, Target};
@@ -28,11 +27,6 @@ pub(super) struct Queue {
     pub(super) arguments: FieldTable,
     /// Exchange and routing key; `None` for queues reached through the default exchange.
     pub(super) binding: Option<(Exchange, String)>,
-}
-
-/// 32 lower-case hexadecimal digits, as oslo.messaging makes ids.
-pub(super) fn new_id() -> String {
-    Uuid::new_v4().simple().to_string()
 }
 
 /// The exchange of topic calls, casts and notifications.
@@ -68,9 +62,30 @@ pub(super) fn service_queues(
         topic_queue(exchange, format!("{topic}.{server}"), options),
         Queue {
             binding: Some((fanout, topic.clone())),
-            ..transient_queue(format!("{topic}_fanout_{fanout_id}"), options)
+            ..match options.stream_fanout {
+                true => fanout_stream(topic, options),
+                false => transient_queue(format!("{topic}_fanout_{fanout_id}"), options),
+            }
         },
     ]
+}
+
+/// The stream that all servers of a topic read their fanouts from.
+fn fanout_stream(topic: &str, options: &AmqpOptions) -> Queue {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("stream"));
+    let kept = Duration::from_secs(options.transient_queues_ttl_seconds.into());
+    if !kept.is_zero() {
+        arguments.insert("x-max-age".into(), text(&interval(kept)));
+    }
+    Queue {
+        name: format!("{topic}_fanout"),
+        durable: true,
+        auto_delete: false,
+        exclusive: false,
+        arguments,
+        binding: None,
+    }
 }
 
 /// A queue of the topic exchange, bound under its own name.
@@ -227,6 +242,21 @@ mod tests {
         assert_eq!(arguments.get("x-queue-type"), Some(&text("quorum")));
         assert_eq!(arguments.get("x-delivery-limit"), Some(&AMQPValue::LongLongInt(3)));
         assert_eq!(fanout.arguments.inner().get("x-expires"), None);
+    }
+
+    #[test]
+    fn a_stream_of_fanouts_is_shared_and_kept_for_a_while() {
+        let options = AmqpOptions {
+            transient_quorum_queues: true,
+            stream_fanout: true,
+            ..AmqpOptions::default()
+        };
+        let [_, _, fanout] = service_queues(&service(), "f", &options);
+        assert_eq!(fanout.name, "compute_fanout");
+        let arguments = fanout.arguments.inner();
+        assert_eq!(arguments.get("x-max-age"), Some(&text("1800s")));
+        assert_eq!((arguments.len(), fanout.durable), (2, true));
+        assert!(fanout.binding.unwrap().0.durable);
     }
 
     #[test]

@@ -274,7 +274,7 @@ async fn work(
         let Ok(_turn) = shared.working.acquire().await else {
             return Err(Failure::new("InternalError", "the agent is shutting down"));
         };
-        dispatch::run(shared.handler.as_ref(), delivered).await
+        dispatch::run(shared.handler.as_ref(), delivered, || {}).await
     };
     let Some(reply_to) = reply_to else {
         let _casts_have_no_answer = handling.await;

@@ -6,24 +6,27 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stdout, reason = "figures for whoever asks for them")]
 
+#[path = "../support/mod.rs"]
 mod support;
+mod trouble;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
 use serde_json::{Value, json};
-use stackhand_bus::amqp::{AmqpOptions, AmqpTransport};
+use stackhand_bus::amqp::AmqpOptions;
 use stackhand_bus::wire::{self, ReplyTo};
 use stackhand_bus::{
-    BusError, CallLimits, Context, Handler, LinkState, Notification, Priority, ReadFrom, Request,
-    Stream, Transport, Version,
+    BusError, CallLimits, Context, Handler, Notification, Priority, ReadFrom, Request, Stream,
+    Transport, Version,
 };
 use stackhand_testkit::broker::Broker;
 use support::*;
+use trouble::*;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -41,10 +44,12 @@ fn the_transport_keeps_its_promises_on_a_healthy_broker() {
             transient_quorum_queues: true,
             ..plain.clone()
         };
+        let streams = AmqpOptions { stream_fanout: true, ..quorum.clone() };
         tokio::join!(
             calls_casts_and_fanouts_arrive(&url, "t-plain", "plain", &plain),
             calls_casts_and_fanouts_arrive(&url, "t-durable", "durable", &durable),
             calls_casts_and_fanouts_arrive(&url, "t-quorum", "quorum", &quorum),
+            calls_casts_and_fanouts_arrive(&url, "t-streams", "streams", &streams),
         );
         tokio::join!(
             failures_travel_with_their_class(&url),
@@ -72,11 +77,14 @@ fn the_transport_keeps_its_promises_on_a_healthy_broker() {
             wrong_credentials_and_vhosts_are_told(&url),
             a_peer_that_accepts_and_closes_does_not_wedge_us(&url),
             a_silent_peer_is_given_up_in_time(),
+            a_stream_that_another_program_makes_is_not_there_yet(&broker, &url),
             many_calls_share_one_connection(&url),
         );
     });
-    // Last, because it breaks everybody's connection.
+    // Last, because they hold or break everybody's connection.
     runtime.block_on(async {
+        a_memory_alarm_holds_messages_back_and_loses_none(&broker, &url).await;
+        fanouts_by_a_stream_go_on_after_a_reconnect(&broker, &url).await;
         connections_closed_by_the_broker_come_back(&broker, &url).await;
     });
 }
@@ -251,8 +259,16 @@ async fn bad_messages_are_counted_and_answered(url: &str) {
             .await
             .unwrap();
     }
+    let mut headers = FieldTable::default();
+    headers.insert("compression".into(), AMQPValue::LongString("application/x-gzip".into()));
+    let properties = BasicProperties::default().with_headers(headers);
+    let options = BasicPublishOptions::default();
+    channel
+        .basic_publish(EXCHANGE.into(), "t-bad".into(), options, b"no zlib", properties)
+        .await
+        .unwrap();
     let counters = || server.transport.counters();
-    eventually("the count", LIMIT, || counters().malformed == malformed).await;
+    eventually("the count", LIMIT, || counters().malformed == malformed + 1).await;
     let mut answers = std::collections::BTreeMap::new();
     while answers.len() < 2 {
         let options = lapin::options::BasicGetOptions { no_ack: true };
@@ -534,92 +550,6 @@ async fn a_stopped_server_answers_what_it_took(url: &str) {
     assert!(begun.elapsed() < Duration::from_secs(5));
 }
 
-async fn wrong_credentials_and_vhosts_are_told(url: &str) {
-    for (wrong, remedy) in [
-        (url.replace("guest:guest", "guest:wr0ng"), "password"),
-        (format!("{url}nowhere"), "vhost"),
-    ] {
-        let client = transport(&wrong, &AmqpOptions::default());
-        let mut link = client.link();
-        let told = link.wait_for(
-            |state| matches!(state, LinkState::Down { reason } if reason.contains(remedy)),
-        );
-        tokio::time::timeout(LIMIT, told).await.unwrap().unwrap();
-        let begun = Instant::now();
-        let outcome = call(&client, "t-any", "echo", json!({})).await;
-        let Err(error @ BusError::Refused { .. }) = outcome else { panic!("{outcome:?}") };
-        assert!(error.to_string().contains(remedy) && !error.to_string().contains("wr0ng"));
-        assert!(begun.elapsed() < Duration::from_secs(5), "refusals are told at once");
-    }
-}
-
-/// A peer that accepts and says nothing.
-async fn a_silent_peer_is_given_up_in_time() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("rabbit://127.0.0.1:{}/", listener.local_addr().unwrap().port());
-    let silent = tokio::spawn(async move {
-        let mut held = Vec::new();
-        while let Ok(accepted) = listener.accept().await {
-            held.push(accepted);
-        }
-    });
-    let options = AmqpOptions { connect_timeout_seconds: 0.3, ..AmqpOptions::default() };
-    let client = transport(&url, &options);
-    let mut link = client.link();
-    let told = link.wait_for(
-        |state| matches!(state, LinkState::Down { reason } if reason.contains("greeting")),
-    );
-    tokio::time::timeout(LIMIT, told).await.unwrap().unwrap();
-    let begun = Instant::now();
-    let limits = CallLimits::total(Duration::from_millis(300));
-    let outcome = client.call(&target("t-any"), Request::new("echo", json!({})), limits).await;
-    assert!(matches!(outcome, Err(BusError::Unreachable { .. })), "{outcome:?}");
-    assert!(begun.elapsed() < Duration::from_secs(2));
-    silent.abort();
-}
-
-/// Threads of this process that carry a connection.
-fn connection_threads() -> usize {
-    std::fs::read_dir("/proc/self/task")
-        .unwrap()
-        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
-        .filter(|name| name.starts_with("lapin"))
-        .count()
-}
-
-/// A plain connection, for what the transport does not offer.
-async fn raw(url: &str) -> Connection {
-    let url = format!("{}%2f", url.replace("rabbit://", "amqp://"));
-    Connection::connect(&url, ConnectionProperties::default()).await.unwrap()
-}
-
-/// A load balancer without a backend: it accepts, and closes at once.
-async fn a_peer_that_accepts_and_closes_does_not_wedge_us(url: &str) {
-    let broker = url.rsplit_once(':').unwrap().1.trim_end_matches('/').to_owned();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let front = listener.local_addr().unwrap().port();
-    let open = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let gate = Arc::clone(&open);
-    tokio::spawn(async move {
-        while let Ok((mut inward, _)) = listener.accept().await {
-            if !gate.load(std::sync::atomic::Ordering::Relaxed) {
-                continue;
-            }
-            let address = format!("127.0.0.1:{broker}");
-            tokio::spawn(async move {
-                let mut outward = tokio::net::TcpStream::connect(address).await.unwrap();
-                let _ = tokio::io::copy_bidirectional(&mut inward, &mut outward).await;
-            });
-        }
-    });
-    let client =
-        transport(&format!("rabbit://guest:guest@127.0.0.1:{front}/"), &AmqpOptions::default());
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    assert!(matches!(*client.link().borrow(), LinkState::Down { .. }));
-    open.store(true, std::sync::atomic::Ordering::Relaxed);
-    up(&client, Duration::from_secs(5)).await;
-}
-
 async fn many_calls_share_one_connection(url: &str) {
     let server = serve(url, &AmqpOptions::default(), "t-many", 64).await;
     let client = transport(url, &AmqpOptions::default());
@@ -632,39 +562,9 @@ async fn many_calls_share_one_connection(url: &str) {
     assert_eq!(server.transport.counters().served, 2001);
 }
 
-async fn connections_closed_by_the_broker_come_back(broker: &Broker, url: &str) {
-    let server = serve(url, &AmqpOptions::default(), "t-closed", 8).await;
-    let client = transport(url, &AmqpOptions::default());
-    let generation = up(&client, LIMIT).await;
-    let done = std::sync::atomic::AtomicBool::new(false);
-    let calling = async {
-        let mut number = 0;
-        while !done.load(std::sync::atomic::Ordering::Relaxed) {
-            let batch = (number..number + 8).map(|n| {
-                call(&client, "t-closed", "effect", json!({"name": format!("c{n}"), "ms": 20}))
-            });
-            for outcome in futures_util::future::join_all(batch).await {
-                outcome.unwrap();
-            }
-            number += 8;
-        }
-        number
-    };
-    let closing = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        tokio::task::block_in_place(|| broker.close_all_connections(0));
-        let closed = Instant::now();
-        for transport in [&client as &AmqpTransport, &server.transport] {
-            up_after(transport, generation, Duration::from_secs(5)).await;
-        }
-        println!("back {:?} after the broker closed all connections", closed.elapsed());
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
-    };
-    let (number, ()) = tokio::join!(calling, closing);
-    let effects = server.worker.all_effects();
-    assert_eq!(effects.len(), number, "every call was answered and done");
-    assert!(effects.values().all(|times| *times == 1), "{effects:?}");
-    // Every connection of the cases before, made or failed, has ended with its thread.
-    eventually("old connections to end", LIMIT, || connection_threads() == 2).await;
+/// A plain connection, for what the transport does not offer.
+pub(crate) async fn raw(url: &str) -> Connection {
+    let vhost = if url.ends_with('/') { "%2f" } else { "" };
+    let url = format!("{}{vhost}", url.replace("rabbit://", "amqp://"));
+    Connection::connect(&url, ConnectionProperties::default()).await.unwrap()
 }
