@@ -1,7 +1,7 @@
 """Speed of Python's oslo.messaging, as OpenStack's services use it: the floor of the bus benchmark.
 
-    bench.py serve URL                    a server with one method; prints "ready"
-    bench.py call URL CALLS CALLERS       that many calls by that many callers; prints JSON
+    bench.py serve URL SERVER                 a server with one method; prints "ready"
+    bench.py call URL SERVER CALLS CALLERS    that many calls by that many callers; prints JSON
 """
 
 import json
@@ -28,8 +28,8 @@ def transport(url):
     return oslo_messaging.get_rpc_transport(cfg.CONF, url=url)
 
 
-def serve(url):
-    target = oslo_messaging.Target(server="bench", **{k: TARGET[k] for k in ("exchange", "topic")})
+def serve(url, name):
+    target = oslo_messaging.Target(server=name, **{k: TARGET[k] for k in ("exchange", "topic")})
     server = oslo_messaging.get_rpc_server(
         transport(url), target, [Endpoint()], executor="threading")
     server.start()
@@ -38,9 +38,10 @@ def serve(url):
     os._exit(0)
 
 
-def call(url, calls, callers):
-    client = oslo_messaging.get_rpc_client(
-        transport(url), oslo_messaging.Target(server="bench", **TARGET))
+def call(url, name, calls, callers):
+    # Release 14 has no function for it yet.
+    get_rpc_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
+    client = get_rpc_client(transport(url), oslo_messaging.Target(server=name, **TARGET))
     client.call({}, "echo", warm="up")
     latencies = []
 
@@ -70,6 +71,6 @@ def call(url, calls, callers):
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(*sys.argv[2:4])
     else:
-        call(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        call(*sys.argv[2:4], int(sys.argv[4]), int(sys.argv[5]))

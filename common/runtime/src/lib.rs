@@ -10,6 +10,7 @@ pub mod heartbeat;
 pub mod http;
 pub mod ledger;
 pub mod lifecycle;
+mod memory;
 pub mod metrics;
 pub mod preflight;
 pub mod reconcile;

@@ -38,6 +38,7 @@ use crate::heartbeat::{Identity, Reporter};
 use crate::http::HttpServer;
 use crate::ledger::{self, Journal, Ledger};
 use crate::lifecycle::{Ending, Shutdown, Signals, exit};
+use crate::memory;
 use crate::metrics::{Metrics, Reading};
 use crate::preflight::{self, Check};
 use crate::reconcile::{Pace, Reconciler, Surroundings};
@@ -333,6 +334,7 @@ async fn run<A: Agent, S: AgentSection>(
     notifier.ready();
     notifier.status(&format!("serving; {documents} documents"));
 
+    tokio::spawn(memory::keep_small(shutdown.stopping()));
     let stopping = shutdown.stopping();
     let (bye, limit) = (notifier.clone(), common.shutdown.limit());
     tokio::spawn(async move {

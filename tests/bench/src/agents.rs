@@ -53,9 +53,11 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
         tokio::time::sleep(IDLE).await;
         let used = cpu_seconds(process.pid())? - before;
         let share = used / watched.elapsed().as_secs_f64() * 100.0;
-        let rss = rss_mib(process.pid())?;
+        let rss = status_mib(process.pid(), "VmRSS:")?;
         together += rss;
         rows.push(Row::at_most(&format!("{agent}: idle memory (RSS)"), rss, "MiB", 15.0));
+        let own = status_mib(process.pid(), "RssAnon:")?;
+        rows.push(Row::told(&format!("{agent}: of it, not from files"), own, "MiB"));
         rows.push(Row::at_most(&format!("{agent}: idle share of a core"), share, "%", 0.2));
         let status = process.terminate(Duration::from_secs(20));
         ensure!(status.success(), "{agent} ended with {status}:\n{}", process.output());
@@ -89,14 +91,14 @@ fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     Ok((user + system) / 100.0)
 }
 
-/// Resident memory, by /proc/PID/status.
-fn rss_mib(pid: u32) -> anyhow::Result<f64> {
+/// An amount of memory, by /proc/PID/status.
+fn status_mib(pid: u32, name: &str) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = status
         .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .find_map(|line| line.strip_prefix(name))
         .and_then(|rest| rest.trim().strip_suffix(" kB"))
         .and_then(|number| number.parse::<f64>().ok())
-        .context("/proc/PID/status has no VmRSS")?;
+        .with_context(|| format!("/proc/PID/status has no {name}"))?;
     Ok(kib / 1024.0)
 }

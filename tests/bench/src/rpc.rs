@@ -1,8 +1,10 @@
 //! Calls a second over RabbitMQ, ours against Python's oslo.messaging on the same broker.
 //!
-//! Caller and server are two processes on both sides; requests and answers are alike.
+//! Caller and server are two processes on all sides; requests and answers are alike. Two releases of
+//! Python's: the newest asks for its answers every half second; 14, that of Debian 12, waits for
+//! them as they come and is the harder floor.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +23,9 @@ use crate::table::Row;
 
 /// Callers at once, and calls in all, of each round.
 const ROUNDS: [(usize, usize); 2] = [(1, 1_000), (16, 8_000)];
+
+/// Releases of Python's library, as `scripts/python-venv` takes them, and their names in the table.
+const RELEASES: [(&str, &str); 2] = [("", "oslo.messaging 17"), ("14", "oslo.messaging 14")];
 
 /// Answers with what it was asked.
 #[derive(Debug)]
@@ -61,35 +66,34 @@ pub(crate) async fn serve(url: &str) -> anyhow::Result<()> {
 pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
     // On this thread: the broker ends with the thread that started it.
     let broker = Broker::start();
-    let python = python().await?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../python/bench.py");
-
-    let mut their_server =
-        child(Command::new(&python).arg(&script).arg("serve").arg(broker.url()))?;
-    let mut ready = String::new();
-    let output = their_server.stdout.take().context("the Python server has no output")?;
-    BufReader::new(output).read_line(&mut ready).await?;
-    ensure!(ready.trim() == "ready", "the Python server did not start");
+    let mut theirs = Vec::new();
+    for (release, name) in RELEASES {
+        theirs.push(Python::start(release, name, &broker.url()).await?);
+    }
     let _our_server =
         child(Command::new(std::env::current_exe()?).arg("rpc-server").arg(broker.url()))?;
 
     let transport = Arc::new(connect(&broker.url())?);
     let mut rows = Vec::new();
     for (callers, calls) in ROUNDS {
-        let theirs = their_speed(&python, &script, &broker.url(), calls, callers).await?;
-        let ours = our_speed(&transport, calls, callers).await?;
         let what = |what: &str| format!("rpc, {callers} at once: {what}");
-        rows.push(Row::times(
-            &what("calls"),
-            ours.calls_per_second,
-            "/s",
-            theirs.calls_per_second,
-            3.0,
-        ));
+        let ours = our_speed(&transport, calls, callers).await?;
         rows.push(Row::told(&what("p50"), ours.p50_ms, "ms"));
-        rows.push(Row::told(&what("p50 of Python's"), theirs.p50_ms, "ms"));
         rows.push(Row::told(&what("p99"), ours.p99_ms, "ms"));
-        rows.push(Row::told(&what("p99 of Python's"), theirs.p99_ms, "ms"));
+        for python in &theirs {
+            // A quarter of ours is enough to tell.
+            let theirs = python.speed(&broker.url(), calls / 4, callers).await?;
+            let name = python.name;
+            rows.push(Row::times(
+                &what(&format!("calls, against {name}")),
+                ours.calls_per_second,
+                "/s",
+                theirs.calls_per_second,
+                3.0,
+            ));
+            rows.push(Row::told(&what(&format!("p50 of {name}")), theirs.p50_ms, "ms"));
+            rows.push(Row::told(&what(&format!("p99 of {name}")), theirs.p99_ms, "ms"));
+        }
     }
     transport.close().await;
     Ok(rows)
@@ -104,31 +108,48 @@ fn child(command: &mut Command) -> anyhow::Result<Child> {
         .with_context(|| format!("cannot start {command:?}"))
 }
 
-/// The interpreter with oslo.messaging.
-async fn python() -> anyhow::Result<String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/python-venv");
-    let output = Command::new(script).stderr(Stdio::inherit()).output().await?;
-    ensure!(output.status.success(), "scripts/python-venv failed");
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+/// One release of Python's library, with a server that runs.
+struct Python {
+    name: &'static str,
+    /// The name that its server has on the bus.
+    server: String,
+    interpreter: String,
+    script: PathBuf,
+    _serving: Child,
 }
 
-async fn their_speed(
-    python: &str,
-    script: &Path,
-    url: &str,
-    calls: usize,
-    callers: usize,
-) -> anyhow::Result<Speed> {
-    // A quarter of ours is enough to tell.
-    let calls = (calls / 4).to_string();
-    let output = Command::new(python)
-        .arg(script)
-        .args(["call", url, &calls, &callers.to_string()])
-        .stderr(Stdio::inherit())
-        .output()
-        .await?;
-    ensure!(output.status.success(), "the Python caller failed");
-    serde_json::from_slice(&output.stdout).context("the Python caller printed no figures")
+impl Python {
+    async fn start(release: &str, name: &'static str, url: &str) -> anyhow::Result<Self> {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let output = Command::new(top.join("scripts/python-venv"))
+            .args((!release.is_empty()).then_some(release))
+            .stderr(Stdio::inherit())
+            .output()
+            .await?;
+        ensure!(output.status.success(), "scripts/python-venv {release} failed");
+        let interpreter = String::from_utf8(output.stdout)?.trim().to_owned();
+        let script = top.join("tests/python/bench.py");
+        let server = format!("python{release}");
+        let mut serving =
+            child(Command::new(&interpreter).arg(&script).args(["serve", url, &server]))?;
+        let mut ready = String::new();
+        let output = serving.stdout.take().context("the Python server has no output")?;
+        BufReader::new(output).read_line(&mut ready).await?;
+        ensure!(ready.trim() == "ready", "the server of {name} did not start");
+        Ok(Self { name, server, interpreter, script, _serving: serving })
+    }
+
+    async fn speed(&self, url: &str, calls: usize, callers: usize) -> anyhow::Result<Speed> {
+        let output = Command::new(&self.interpreter)
+            .arg(&self.script)
+            .args(["call", url, &self.server, &calls.to_string(), &callers.to_string()])
+            .stderr(Stdio::inherit())
+            .output()
+            .await?;
+        ensure!(output.status.success(), "the caller of {} failed", self.name);
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("the caller of {} printed no figures", self.name))
+    }
 }
 
 async fn our_speed(
