@@ -1,6 +1,8 @@
-//! The ledger against a process that is killed and a disk that is full, and how fast it is.
+//! The ledger against a process that is killed, a power cut and a disk that is full, and how fast
+//! it is.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,6 +20,7 @@ use uuid::Uuid;
 
 const FOLDER: &str = "LEDGER_FOLDER";
 const ROUND: &str = "LEDGER_ROUND";
+const TOLD: &str = "LEDGER_TOLD";
 
 fn admit() -> Admit {
     Arc::new(|_, _| Ok(()))
@@ -81,11 +84,84 @@ fn writes_until_killed() {
     });
 }
 
+/// What [`writes_until_killed`] said it had accepted.
+#[derive(Default)]
+struct Told {
+    /// Object → its newest generation.
+    newest: BTreeMap<u64, u64>,
+    lines: u64,
+}
+
+impl Told {
+    /// Takes a line of a round. The last one may be torn, and then says less than it was to.
+    fn take(&mut self, line: &str, round: u64) {
+        let Some(rest) = line.strip_prefix("accepted ") else { return };
+        let mut words = rest.split(' ').map(str::parse::<u64>);
+        if let (Some(Ok(object)), Some(Ok(generation))) = (words.next(), words.next())
+            && generation >= round * 1_000_000
+        {
+            let newest = self.newest.entry(object).or_insert(0);
+            *newest = generation.max(*newest);
+            self.lines += 1;
+        }
+    }
+
+    /// Opens the ledger and looks for all of it.
+    fn check(&self, dir: &Path, round: u64) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let ledger = open(dir);
+        let desired = ledger.desired();
+        for (&object, &generation) in &self.newest {
+            let id = Uuid::from_u128(object.into());
+            let held = desired.objects.iter().find(|(key, _)| key.id == id);
+            let held = held.unwrap_or_else(|| panic!("round {round}: {object} is lost")).1;
+            assert!(held.document.generation >= generation, "round {round}: {object} went back");
+        }
+        runtime.block_on(ledger.close());
+    }
+}
+
+/// Reads the lines that were told in all rounds so far and looks for the documents.
+#[test]
+#[ignore = "is a program of tests/lab/power-cut"]
+fn holds_what_was_told() {
+    let round: u64 = std::env::var(ROUND).unwrap().parse().unwrap();
+    let folder = PathBuf::from(std::env::var(TOLD).unwrap());
+    let mut told = Told::default();
+    for past in 1..=round {
+        let text = std::fs::read_to_string(folder.join(past.to_string())).unwrap();
+        text.lines().for_each(|line| told.take(line, past));
+    }
+    assert!(told.lines >= round * 50, "only {} documents were written", told.lines);
+    told.check(&PathBuf::from(std::env::var(FOLDER).unwrap()), round);
+    println!("{} documents told, all there", told.lines);
+}
+
+/// Named `lab` because that is how the test tiers know it, see `.config/nextest.toml`.
+mod lab {
+    use super::*;
+
+    #[test]
+    fn every_document_that_was_answered_for_is_there_after_the_power_was_cut() {
+        let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/lab");
+        let program = std::env::current_exe().unwrap();
+        #[expect(clippy::disallowed_methods, reason = "the script keeps a time limit of its own")]
+        let output = Command::new(lab.join("run"))
+            .args(["--time-limit", "240", "--", "bash"])
+            .args([&lab.canonicalize().unwrap().join("power-cut"), &program])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let failed = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}\n{said}\n{failed}", output.status);
+        assert_eq!(said.matches("all there").count(), 3, "{said}");
+    }
+}
+
 #[test]
 fn every_document_that_was_answered_for_is_there_after_kill_at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
-    let mut told = std::collections::BTreeMap::new();
-    let mut total = 0;
+    let mut told = Told::default();
     for round in 1..=12_u64 {
         #[expect(clippy::disallowed_methods, reason = "a test that starts itself")]
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -97,39 +173,18 @@ fn every_document_that_was_answered_for_is_there_after_kill_at_any_moment() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut take = |line: String| {
-            let Some(rest) = line.strip_prefix("accepted ") else { return };
-            // The last line may be torn.
-            let mut words = rest.split(' ').map(str::parse::<u64>);
-            if let (Some(Ok(object)), Some(Ok(generation))) = (words.next(), words.next())
-                && generation >= round * 1_000_000
-            {
-                let newest = told.entry(object).or_insert(0);
-                *newest = generation.max(*newest);
-                total += 1;
-            }
-        };
         // Another moment each round: after so many lines, somewhere in a commit.
         for _ in 0..20 + round * 37 {
-            take(lines.next().expect("the writer ended by itself").unwrap());
+            told.take(&lines.next().expect("the writer ended by itself").unwrap(), round);
         }
         child.kill().unwrap();
         child.wait().unwrap();
         for line in lines.map_while(Result::ok) {
-            take(line);
+            told.take(&line, round);
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let ledger = open(dir.path());
-        let desired = ledger.desired();
-        for (&object, &generation) in &told {
-            let id = Uuid::from_u128(object.into());
-            let held = desired.objects.iter().find(|(key, _)| key.id == id);
-            let held = held.unwrap_or_else(|| panic!("round {round}: {object} is lost")).1;
-            assert!(held.document.generation >= generation, "round {round}: {object} went back");
-        }
-        runtime.block_on(ledger.close());
+        told.check(dir.path(), round);
     }
-    assert!(total > 3000, "only {total} documents were written");
+    assert!(told.lines > 3000, "only {} documents were written", told.lines);
 }
 
 /// A file system of 8 MiB, unmounted when dropped.
