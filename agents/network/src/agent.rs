@@ -1,15 +1,19 @@
 //! The network agent as the runtime sees it: admit, plan, pass, facts.
 //!
 //! A pass: look; compute what is wanted; plan; do the steps of objects that are due; look again if
-//! anything was done, because only what is seen counts; hand new tables to the DHCP servers; tell
-//! how each object came out.
+//! anything was done, because only what is seen counts; hand new tables to the DHCP servers; announce
+//! addresses of routers; tell how each object came out.
 
 mod outcome;
+mod tasks;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use stackhand_kernel::{Chain, KernelError};
 use stackhand_model::{AgentKind, ErrorCode, ObjectRef};
@@ -23,11 +27,16 @@ use tracing::{debug, info, warn};
 
 use crate::desired::{FIREWALL, HostWish, Local, host_wish};
 use crate::l2::netlink::NetlinkHost;
-use crate::l2::{At, Change, HostNet, Plan, Seen, Step, plan};
+use crate::l2::{At, HostNet, Plan, Seen, plan};
+use crate::l3::announce::{Announced, Announcer};
+use crate::l3::netlink::KernelRouters;
+use crate::l3::{self, RouterNet};
 use crate::services::Services;
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
+
+use tasks::{Deed, Task};
 
 /// Changes that one pass tells one by one.
 const MOST_TOLD: usize = 50;
@@ -42,7 +51,11 @@ pub type Wake = Arc<dyn Fn(&BTreeSet<ObjectRef>) + Send + Sync>;
 pub struct NetworkAgent {
     local: Local,
     grace: Duration,
-    host: NetlinkHost,
+    host: Arc<NetlinkHost>,
+    routers: KernelRouters,
+    announcer: Announcer,
+    /// Whether all addresses of routers were announced since the agent started.
+    announced: AtomicBool,
     watcher: Watcher,
     wake: Wake,
     events: EventLog,
@@ -125,10 +138,14 @@ impl NetworkAgent {
             ask(&stuck);
         };
         let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
+        let host = Arc::new(NetlinkHost::new());
         Ok(Self {
             local,
             grace,
-            host: NetlinkHost::new(),
+            routers: KernelRouters::new(Arc::clone(&host)),
+            host,
+            announcer: Announcer::default(),
+            announced: AtomicBool::new(false),
             watcher,
             wake,
             events,
@@ -176,25 +193,30 @@ impl NetworkAgent {
 
     async fn perform(
         &self,
-        steps: &[Step],
+        tasks: &[Task],
         due: &BTreeSet<ObjectRef>,
         cause: Cause,
+        news: &mut BTreeMap<At, BTreeSet<IpAddr>>,
     ) -> (u64, BTreeMap<ObjectRef, String>) {
         let mut failed: BTreeMap<ObjectRef, String> = BTreeMap::new();
         let mut tried = 0;
         let mut done = Vec::new();
-        for Step { object, change } in steps {
+        for Task { object, deed } in tasks {
             if object.is_some_and(|object| !due.contains(&object)) {
                 continue;
             }
             tried += 1;
-            match self.host.apply(change).await {
+            let result = match deed {
+                Deed::Link(change) => self.host.apply(change).await,
+                Deed::Router(change) => self.routers.apply(change).await,
+            };
+            match result {
                 Ok(()) => {
-                    debug!(object = object.map(tracing::field::display), %change, "done");
-                    done.push((*object, change));
+                    debug!(object = object.map(tracing::field::display), %deed, "done");
+                    done.push((*object, deed));
                 }
                 Err(error) => {
-                    let reason = format!("cannot {change}: {}", Chain(&error));
+                    let reason = format!("cannot {deed}: {}", Chain(&error));
                     warn!(object = object.map(tracing::field::display), "{reason}");
                     if let Some(object) = object {
                         failed.entry(*object).or_insert(reason);
@@ -203,20 +225,21 @@ impl NetworkAgent {
             }
         }
         self.tell(&done, cause);
+        news.extend(tasks::news(done.iter().map(|(_, deed)| *deed)));
         (tried, failed)
     }
 
     /// Tells what was done that no document asked for just now: repairs and sweeping.
-    fn tell(&self, done: &[(Option<ObjectRef>, &Change)], cause: Cause) {
+    fn tell(&self, done: &[(Option<ObjectRef>, &Deed)], cause: Cause) {
         let repairs = matches!(cause, Cause::Host | Cause::Timer);
         let told: Vec<_> = done.iter().filter(|(object, _)| repairs || object.is_none()).collect();
-        for (object, change) in told.iter().take(MOST_TOLD) {
+        for (object, deed) in told.iter().take(MOST_TOLD) {
             let kind = if object.is_some() { "DriftRepaired" } else { "OrphanSwept" };
-            info!(object = object.map(tracing::field::display), %change, kind);
+            info!(object = object.map(tracing::field::display), %deed, kind);
             self.events.add(NewEvent {
                 object: object.map(|object| object.to_string()),
                 kind: kind.to_owned(),
-                message: change.to_string(),
+                message: deed.to_string(),
                 request_id: None,
             });
         }
@@ -231,7 +254,10 @@ impl NetworkAgent {
 
     /// Lets go of namespaces that are to be deleted: a socket in one would keep it.
     async fn let_go(&self, wish: &HostWish) {
-        self.watcher.leave(|space| !wish.l2.spaces.contains_key(space));
+        let goes = |space: &str| !wish.l2.spaces.contains_key(space);
+        self.watcher.leave(goes);
+        self.routers.leave(goes);
+        self.announcer.leave(goes);
         self.services.lock().await.retain(&wish.services);
     }
 
@@ -254,17 +280,47 @@ impl NetworkAgent {
         self.watcher.follow(&names).await;
     }
 
-    async fn look_and_plan(
-        &self,
-        desired: &Desired,
-    ) -> Result<(HostWish, Seen, Plan), KernelError> {
+    /// Tells neighbours of new addresses; in the first pass of all, because nobody knows what was
+    /// told before the agent started.
+    fn announce(&self, wish: &HostWish, seen: &Seen, mut news: BTreeMap<At, BTreeSet<IpAddr>>) {
+        let links = wish.routers.values().flat_map(|router| {
+            router.links.iter().map(|link| At::inside(router.space.clone(), link.link.clone()))
+        });
+        let first = !self.announced.swap(true, Ordering::Relaxed);
+        for at in links {
+            let new = news.remove(&at).unwrap_or_default();
+            let Some(link) = seen.links.get(&at) else { continue };
+            let has: BTreeSet<IpAddr> = link.addresses.iter().map(IpNet::addr).collect();
+            let addresses: BTreeSet<IpAddr> =
+                if first { has } else { new.intersection(&has).copied().collect() };
+            let found = link.mac.zip(self.host.known_index(&at)).zip(at.space);
+            if let Some(((mac, index), space)) = found.filter(|_| !addresses.is_empty()) {
+                self.announcer.announce(Announced { space, index, mac, addresses });
+            }
+        }
+    }
+
+    async fn look_and_plan(&self, desired: &Desired) -> Result<Look, KernelError> {
         let seen = self.host.observe().await?;
         let wish = host_wish(desired, &self.local, &seen);
         let orphans = plan(&wish.l2, &seen, &BTreeSet::new()).orphans;
         let sweep = self.sweepable(&orphans);
         let made = plan(&wish.l2, &seen, &sweep);
-        Ok((wish, seen, made))
+        let reachable = tasks::reachable(&wish, &seen);
+        let spaces = reachable.keys().cloned().collect();
+        let routers = self.routers.observe(&spaces).await?;
+        let tasks = tasks::in_order(&made, l3::plan(&reachable, &routers));
+        Ok(Look { wish, seen, plan: made, tasks })
     }
+}
+
+/// What a look at the host found, and what follows from it.
+struct Look {
+    wish: HostWish,
+    seen: Seen,
+    plan: Plan,
+    /// All that is to be done, in order.
+    tasks: Vec<Task>,
 }
 
 impl Agent for NetworkAgent {
@@ -276,19 +332,19 @@ impl Agent for NetworkAgent {
 
     async fn plan(&self, wanted: Arc<Desired>) -> Result<Vec<PlannedStep>, Refusal> {
         let _turn = self.turn.lock().await;
-        let (_, _, made) = self.look_and_plan(&wanted).await.map_err(|error| {
+        let look = self.look_and_plan(&wanted).await.map_err(|error| {
             Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {}", Chain(&error)))
         })?;
         let planned =
-            |step: Step| PlannedStep { object: step.object, change: step.change.to_string() };
-        Ok(made.steps.into_iter().map(planned).collect())
+            |task: Task| PlannedStep { object: task.object, change: task.deed.to_string() };
+        Ok(look.tasks.into_iter().map(planned).collect())
     }
 
     async fn pass(&self, work: Work) -> PassReport {
         let _turn = self.turn.lock().await;
         let before = self.host.writes();
         self.watcher.about_to_look().await;
-        let (wish, seen, made) = match self.look_and_plan(&work.desired).await {
+        let mut look = match self.look_and_plan(&work.desired).await {
             Ok(looked) => looked,
             Err(error) => {
                 let reason = format!("cannot look at the host's network: {}", Chain(&error));
@@ -297,33 +353,36 @@ impl Agent for NetworkAgent {
                 return PassReport { outcomes: work.due.iter().map(failed).collect(), writes: 0 };
             }
         };
-        let (mut wish, mut seen, mut left) = (wish, seen, made);
+        let mut news = BTreeMap::new();
         let mut failed = BTreeMap::new();
         // One round does, unless a change brings something with it: a link whose MTU grows gets
         // IPv6 back.
         for _ in 0..ROUNDS {
-            self.let_go(&wish).await;
+            self.let_go(&look.wish).await;
             let tried;
-            (tried, failed) = self.perform(&left.steps, &work.due, work.cause).await;
+            (tried, failed) = self.perform(&look.tasks, &work.due, work.cause, &mut news).await;
             if tried == 0 {
                 break;
             }
             self.watcher.about_to_look().await;
-            let looked = match self.look_and_plan(&work.desired).await {
+            let again = match self.look_and_plan(&work.desired).await {
                 Ok(looked) => looked,
                 Err(error) => {
                     warn!(error = %Chain(&error), "cannot look at the host after changing it");
                     break;
                 }
             };
-            let same = looked.2.steps == left.steps;
-            (wish, seen, left) = looked;
-            if same || left.steps.is_empty() {
+            let same = again.tasks == look.tasks;
+            look = again;
+            if same || look.tasks.is_empty() {
                 break;
             }
         }
+        let Look { wish, seen, plan: left, tasks } = look;
         self.serve(&wish, &seen, &mut failed).await;
-        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed);
+        self.announce(&wish, &seen, news);
+        let undone = outcome::undone(&tasks);
+        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed, undone);
         let is_stuck =
             |outcome: &Outcome| matches!(outcome, Outcome::Failed { .. } | Outcome::Pending { .. });
         let stuck = outcomes.iter().filter(|(_, outcome)| is_stuck(outcome));

@@ -1,12 +1,14 @@
 //! From documents to what is wanted of this host. Pure.
 //!
-//! A network is *wired* here when the host has a port of it that needs a tap, or serves its DHCP.
+//! A network is *wired* here when the host has a port of it that needs a tap, serves its DHCP, or
+//! has a router with a link on it.
 //! Ports of other hosts are wanted as forwarding entries and neighbours of their network's overlay.
 //!
 //! What the host's underlay looks like (which link has the tunnel address, what MTU it has) is
 //! taken from what was seen, because documents leave the MTU open on purpose.
 
 mod dhcp;
+mod routers;
 #[cfg(test)]
 mod tests;
 
@@ -14,13 +16,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use stackhand_kernel::netlink::{BridgePort, Tap, Vxlan};
-use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, Spec};
-use stackhand_model::{HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
+use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, RouterId, Spec};
+use stackhand_model::{FloatingIpSpec, HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
 use stackhand_runtime::agent::Desired;
 
 use crate::l2::{At, BRIDGE, Forwarding, Make, Seen, SeenKind, Set, Wanted, Wish};
+use crate::l3;
 use crate::names::{self, Mark};
 use crate::services::Site;
+
+pub use routers::{METADATA_V6, RouterLink, RouterService};
 
 /// What this host is, as far as documents do not say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +47,10 @@ pub struct Local {
 pub struct HostWish {
     /// Links and forwarding.
     pub l2: Wish,
+    /// Routes and translations of routers.
+    pub l3: l3::Wish,
+    /// Routers of this host.
+    pub routers: BTreeMap<RouterId, RouterService>,
     /// What guests are served, by the link inside a namespace.
     pub services: BTreeMap<At, Site>,
     /// Networks that are wired here.
@@ -77,9 +86,11 @@ pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
     let mut builder = Builder { local, seen, documents: &documents, wish: HostWish::default() };
     builder.wish.l2.known = desired.objects.keys().copied().collect();
     builder.host_document();
+    builder.router_links();
     for (&id, &network) in &documents.networks {
         builder.network(id, network);
     }
+    builder.router_tables();
     builder.ports_without_network();
     builder.not_built_yet();
     builder.wish
@@ -93,7 +104,10 @@ struct Documents<'a> {
     /// Tunnel addresses by host name.
     tunnels: BTreeMap<&'a str, IpAddr>,
     own: Option<(ObjectRef, &'a HostSpec)>,
+    /// All ports by their ids.
+    by_id: BTreeMap<PortId, &'a PortSpec>,
     others: Vec<&'a Document>,
+    leaving_floating: Vec<(ObjectRef, &'a FloatingIpSpec)>,
     leaving: BTreeMap<PortId, &'a PortSpec>,
 }
 
@@ -106,11 +120,15 @@ impl<'a> Documents<'a> {
                 Spec::Port(port) if held.deleting => {
                     documents.leaving.insert(PortId(object.id), port);
                 }
+                Spec::FloatingIp(floating) if held.deleting => {
+                    documents.leaving_floating.push((*object, floating));
+                }
                 _ if held.deleting => {}
                 Spec::Network(network) => {
                     documents.networks.insert(NetworkId(object.id), network);
                 }
                 Spec::Port(port) => {
+                    documents.by_id.insert(PortId(object.id), port);
                     documents
                         .ports
                         .entry(port.network)
@@ -219,7 +237,7 @@ impl Builder<'_> {
             self.documents.ports_of(id).filter(|(_, port)| port.host == self.local.host).collect();
         let has_taps = here.iter().any(|(_, port)| needs_tap(port));
         let serves = dhcp::serves(network, &self.local.host, has_taps);
-        if !has_taps && !serves {
+        if !has_taps && !serves && !self.is_routed(id) {
             return;
         }
         let uplink = match self.uplink(network) {
@@ -403,7 +421,7 @@ impl Builder<'_> {
                 Make::Brought
             }
             PortOwner::RouterInterface | PortOwner::RouterGateway => {
-                return self.wait(id.object(), ROUTERS);
+                return self.router_port(id, port, mtu, bridge);
             }
             // Wired with the DHCP server.
             PortOwner::Dhcp => return,
@@ -467,8 +485,6 @@ impl Builder<'_> {
     fn not_built_yet(&mut self) {
         for document in &self.documents.others {
             let reason = match &document.spec {
-                Spec::Router(router) if router.host != self.local.host => continue,
-                Spec::Router(_) | Spec::FloatingIp(_) => ROUTERS,
                 Spec::SecurityGroup(_) => FIREWALL,
                 Spec::QosPolicy(_) => QOS,
                 _ => continue,
@@ -486,8 +502,6 @@ fn bridge_mac(network: NetworkId) -> MacAddr {
     MacAddr([0x0e, a, b, c, d, e])
 }
 
-/// Told where a document asks for a router.
-const ROUTERS: &str = "not done: this agent does not build routers yet";
 /// Told where a document asks for filtering.
 pub const FIREWALL: &str = "not enforced: this agent has no firewall yet";
 /// Told where a document asks for limits.

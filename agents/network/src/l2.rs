@@ -1,4 +1,4 @@
-//! Layer 2: bridges, taps, overlays, and the pairs that lead to DHCP servers.
+//! Layer 2: bridges, taps, overlays, and the pairs that lead to DHCP servers and routers.
 //!
 //! ```text
 //! documents ──> Wish ──┐
@@ -21,7 +21,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use stackhand_kernel::KernelError;
-use stackhand_kernel::netlink::{Bridge, BridgePort, Tap, Vxlan};
+use stackhand_kernel::netlink::{Bridge, BridgePort, Routing, RoutingV6, Tap, Vxlan};
 use stackhand_model::{MacAddr, ObjectRef};
 
 use crate::names::Mark;
@@ -85,6 +85,8 @@ pub enum Make {
     },
     /// The end of a pair that is made with the other one.
     PairEnd,
+    /// The loopback link, which comes with its namespace.
+    Loopback,
     /// An overlay.
     Vxlan(Vxlan),
     /// A link that somebody else brings and takes away; we only wire it.
@@ -93,6 +95,19 @@ pub enum Make {
 
 /// The settings of a bridge of ours: no spanning tree, no waiting, multicast goes everywhere.
 pub const BRIDGE: Bridge = Bridge { stp: false, forward_delay: 0, multicast_snooping: false };
+
+/// The settings of a router's links: packets are forwarded, ARP speaks of the link's own addresses
+/// alone, answers may come by another link (several routes share the load), nobody's
+/// advertisements are believed, and addresses work from the first moment on: the controller gives
+/// each to one port.
+pub const ROUTING: Routing = Routing {
+    forwarding: true,
+    arp_ignore: 1,
+    arp_announce: 2,
+    rp_filter: 0,
+    send_redirects: false,
+    v6: Some(RoutingV6 { forwarding: true, accept_ra: 0, accept_dad: 0 }),
+};
 
 /// Settings of a link that can be changed in place. What is `None` is nobody's business.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +128,8 @@ pub struct Set {
     pub port: Option<BridgePort>,
     /// Settings as a bridge.
     pub as_bridge: Option<Bridge>,
+    /// How packets that come by it are routed. Without IPv6 its part of that is nobody's business.
+    pub routing: Option<Routing>,
 }
 
 /// A link that is wanted.
@@ -208,8 +225,10 @@ pub struct SeenLink {
     pub ipv6_off: bool,
     /// Settings as a bridge's port.
     pub port: BridgePort,
-    /// Its addresses, without link-local ones of IPv6.
+    /// Its addresses, without link-local ones that the kernel makes by itself.
     pub addresses: BTreeSet<IpNet>,
+    /// How packets that come by it are routed.
+    pub routing: Routing,
 }
 
 /// What the host has.
@@ -380,6 +399,12 @@ impl fmt::Display for Set {
                 bridge.stp, bridge.forward_delay, bridge.multicast_snooping
             ));
         }
+        if let Some(routing) = self.routing {
+            parts.push(format!(
+                "forwarding {}, arp_ignore {}, arp_announce {}, rp_filter {}",
+                routing.forwarding, routing.arp_ignore, routing.arp_announce, routing.rp_filter
+            ));
+        }
         f.write_str(&parts.join(", "))
     }
 }
@@ -392,6 +417,7 @@ impl fmt::Display for Make {
             Self::Tap(_) => f.write_str("tap"),
             Self::Pair { peer, .. } => write!(f, "veth, peer {peer}"),
             Self::PairEnd => f.write_str("veth"),
+            Self::Loopback => f.write_str("loopback"),
             Self::Vxlan(vxlan) => {
                 write!(f, "vxlan {}, port {}", vxlan.vni, vxlan.port)?;
                 vxlan.local.map_or(Ok(()), |local| write!(f, ", local {local}"))

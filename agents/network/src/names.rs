@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use stackhand_model::{NetworkId, ObjectRef, PortId};
+use stackhand_model::{NetworkId, ObjectRef, PortId, RouterId};
 use uuid::Uuid;
 
 /// The group that links we make are in until they carry their mark: a link of ours that a crash
@@ -18,10 +18,12 @@ pub const UNFINISHED_GROUP: u32 = 0x5348_0001;
 pub enum Mark {
     /// A bridge, an uplink, or the loopback link of a DHCP namespace.
     Network(NetworkId),
-    /// A port's tap.
+    /// A port's tap, or either end of the pair that leads to its router.
     Port(PortId),
     /// Either end of the pair that leads to a network's DHCP server.
     Dhcp(NetworkId),
+    /// The loopback link of a router's namespace.
+    Router(RouterId),
 }
 
 /// Text that is not a mark of ours.
@@ -35,6 +37,7 @@ impl Mark {
         match self {
             Self::Network(id) | Self::Dhcp(id) => id.object(),
             Self::Port(id) => id.object(),
+            Self::Router(id) => id.object(),
         }
     }
 }
@@ -45,6 +48,7 @@ impl fmt::Display for Mark {
             Self::Network(id) => write!(f, "stackhand:network:{id}"),
             Self::Port(id) => write!(f, "stackhand:port:{id}"),
             Self::Dhcp(id) => write!(f, "stackhand:dhcp:{id}"),
+            Self::Router(id) => write!(f, "stackhand:router:{id}"),
         }
     }
 }
@@ -63,6 +67,7 @@ impl FromStr for Mark {
             "network" => Self::Network(NetworkId(id)),
             "port" => Self::Port(PortId(id)),
             "dhcp" => Self::Dhcp(NetworkId(id)),
+            "router" => Self::Router(RouterId(id)),
             _ => return Err(NoMark),
         };
         // Only what we would have written, letter by letter.
@@ -76,7 +81,7 @@ pub fn bridge(network: NetworkId) -> String {
     format!("brq{}", network.short())
 }
 
-/// A port's tap, or the host's end of the pair to a DHCP server.
+/// A port's tap, or the host's end of the pair to a DHCP server or router.
 #[must_use]
 pub fn tap(port: PortId) -> String {
     format!("tap{}", port.short())
@@ -94,11 +99,35 @@ pub fn dhcp_space(network: NetworkId) -> String {
     format!("qdhcp-{network}")
 }
 
-/// The network whose DHCP server has this namespace.
+/// The namespace of a router.
 #[must_use]
-pub fn network_of_dhcp_space(name: &str) -> Option<NetworkId> {
-    let network = NetworkId(Uuid::parse_str(name.strip_prefix("qdhcp-")?).ok()?);
-    (dhcp_space(network) == name).then_some(network)
+pub fn router_space(router: RouterId) -> String {
+    format!("qrouter-{router}")
+}
+
+/// A router's link on an internal network.
+#[must_use]
+pub fn router_link(port: PortId) -> String {
+    format!("qr-{}", port.short())
+}
+
+/// A router's link on its external network.
+#[must_use]
+pub fn gateway_link(port: PortId) -> String {
+    format!("qg-{}", port.short())
+}
+
+/// The object whose namespace would have this name.
+#[must_use]
+pub fn object_of_space(name: &str) -> Option<ObjectRef> {
+    let (kind, id) = name.split_once('-')?;
+    let id = Uuid::parse_str(id).ok()?;
+    let (object, made) = match kind {
+        "qdhcp" => (NetworkId(id).object(), dhcp_space(NetworkId(id))),
+        "qrouter" => (RouterId(id).object(), router_space(RouterId(id))),
+        _ => return None,
+    };
+    (made == name).then_some(object)
 }
 
 /// The link that carries a VNI between hosts.
@@ -110,7 +139,7 @@ pub fn vxlan(vni: u32) -> String {
 /// Whether a link of this name is worth looking at: ours, or one that somebody brings for a port.
 #[must_use]
 pub fn may_matter(name: &str) -> bool {
-    ["brq", "tap", "vxlan-", "ns-"].iter().any(|prefix| name.starts_with(prefix))
+    ["brq", "tap", "vxlan-", "ns-", "qr-", "qg-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 #[cfg(test)]
@@ -126,15 +155,20 @@ mod tests {
         assert_eq!(tap(PortId(id)), "tap6f0c8a8e-0d");
         assert_eq!(dhcp_link(PortId(id)), "ns-6f0c8a8e-0d");
         assert!(vxlan(0x00ff_ffff).len() <= 15);
-        assert_eq!(network_of_dhcp_space(&dhcp_space(NetworkId(id))), Some(NetworkId(id)));
-        assert_eq!(network_of_dhcp_space("qdhcp-6F0C8A8E-0D1B-4F0E-9A43-2F9A2F0C5A11"), None);
+        assert_eq!(router_link(PortId(id)), "qr-6f0c8a8e-0d");
+        assert_eq!(gateway_link(PortId(id)), "qg-6f0c8a8e-0d");
+        assert_eq!(object_of_space(&dhcp_space(NetworkId(id))), Some(NetworkId(id).object()));
+        assert_eq!(object_of_space(&router_space(RouterId(id))), Some(RouterId(id).object()));
+        assert_eq!(object_of_space("qdhcp-6F0C8A8E-0D1B-4F0E-9A43-2F9A2F0C5A11"), None);
+        assert_eq!(object_of_space("vm-6f0c8a8e-0d1b-4f0e-9a43-2f9a2f0c5a11"), None);
     }
 
     proptest! {
         #[test]
         fn a_mark_reads_back_and_nothing_else_is_one(bits: u128, noise in ".{0,60}") {
             let id = Uuid::from_u128(bits);
-            for mark in [Mark::Network(NetworkId(id)), Mark::Port(PortId(id)), Mark::Dhcp(NetworkId(id))] {
+            let (network, port) = (NetworkId(id), PortId(id));
+            for mark in [Mark::Network(network), Mark::Port(port), Mark::Dhcp(network), Mark::Router(RouterId(id))] {
                 prop_assert_eq!(mark.to_string().parse(), Ok(mark));
             }
             prop_assert_eq!(noise.parse::<Mark>(), Err(NoMark));

@@ -1,6 +1,6 @@
 //! Hearing of changes that somebody else made, within milliseconds.
 //!
-//! Events of links, addresses and neighbours that could concern us wake the runtime, which makes a
+//! Events of links, addresses, neighbours, routes and rules that could concern us wake the runtime, which makes a
 //! pass; the pass looks at everything, so an event needs no more meaning than that. Our own changes
 //! cause events, too: a pass clears the flag before it looks ([`Watcher::about_to_look`]), and what
 //! was heard by then costs no further pass.
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use stackhand_kernel::netfilter::NftMonitor;
 use stackhand_kernel::netlink::{Event, Monitor};
 use stackhand_kernel::{KernelError, Netns, NetnsId};
 use tokio::task::JoinHandle;
@@ -84,10 +85,16 @@ impl Watcher {
             if known == Some(id) {
                 continue;
             }
-            let open = || Monitor::open().map_err(std::io::Error::other);
+            let open = || Ok::<_, KernelError>((Monitor::open()?, NftMonitor::open()?));
+            let open = move || open().map_err(std::io::Error::other);
             match space.inside("listen", open).await {
-                Ok(monitor) => {
-                    let task = tokio::spawn(listen(monitor, Arc::clone(&self.signal), false));
+                Ok((monitor, rules)) => {
+                    let signal = || Arc::clone(&self.signal);
+                    let links = listen(monitor, signal(), false);
+                    let rules = listen_to_rules(rules, signal());
+                    let task = tokio::spawn(async {
+                        let ((), ()) = tokio::join!(links, rules);
+                    });
                     if let Some((_, old)) = self.lock().insert(name.clone(), (id, task)) {
                         old.abort();
                     }
@@ -121,16 +128,7 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
                 continue;
             }
             debug!(?event, "the host changed");
-            if signal.dirty.swap(true, Ordering::AcqRel) {
-                continue;
-            }
-            let signal = Arc::clone(&signal);
-            tokio::spawn(async move {
-                tokio::time::sleep(GATHER).await;
-                if signal.dirty.swap(false, Ordering::AcqRel) {
-                    (signal.wake)();
-                }
-            });
+            heard(&signal);
         }
         if !reopen {
             return;
@@ -144,6 +142,26 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
         };
         (signal.wake)();
     }
+}
+
+async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>) {
+    while monitor.next().await.is_some() {
+        heard(&signal);
+    }
+}
+
+/// Wakes the runtime soon, once for all that is heard until then.
+fn heard(signal: &Arc<Signal>) {
+    if signal.dirty.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let signal = Arc::clone(signal);
+    tokio::spawn(async move {
+        tokio::time::sleep(GATHER).await;
+        if signal.dirty.swap(false, Ordering::AcqRel) {
+            (signal.wake)();
+        }
+    });
 }
 
 /// Whether an event could concern what we made or wait for. Uplinks have any name, so a link that

@@ -46,9 +46,12 @@ fn comparable(mut seen: Seen, desired: &Desired) -> Seen {
         link.kind != SeenKind::Loopback
             && wish.l2.links.get(at).is_some_and(|wanted| wanted.make != Make::Brought)
     });
-    for link in seen.links.values_mut() {
+    for (at, link) in &mut seen.links {
         link.carrier = false;
         link.mac = None;
+        if wish.l2.links[at].set.routing.is_none() {
+            link.routing = Default::default();
+        }
     }
     seen.forwarding.retain(|_, table| *table != Default::default());
     seen.neighbours.retain(|_, table| !table.is_empty());

@@ -1,15 +1,20 @@
 //! How each object came out of a pass, from what is wanted, seen, left to do and failed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
-use stackhand_model::{Document, NetworkId, ObjectRef, PortId, Spec};
-use stackhand_model::{PortOwner, PortSpec};
+use stackhand_model::{
+    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortOwner, PortSpec, RouterId,
+    RouterSpec, Spec,
+};
 use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
 
 use crate::desired::{FIREWALL, HostWish, Standing};
 use crate::l2::{At, Owner, Plan, Seen, SeenKind};
 use crate::names;
+
+use super::tasks::Task;
 
 /// How the objects that were due came out.
 pub(super) fn outcomes(
@@ -18,6 +23,7 @@ pub(super) fn outcomes(
     seen: &Seen,
     left: &Plan,
     failed: &BTreeMap<ObjectRef, String>,
+    undone: BTreeMap<ObjectRef, String>,
 ) -> BTreeMap<ObjectRef, Outcome> {
     let marked: BTreeSet<ObjectRef> = seen
         .links
@@ -29,13 +35,6 @@ pub(super) fn outcomes(
             _ => None,
         })
         .collect();
-    // What was to be done and still is, although every step said that it had worked.
-    let mut undone: BTreeMap<ObjectRef, String> = BTreeMap::new();
-    for step in &left.steps {
-        if let Some(object) = step.object {
-            undone.entry(object).or_insert_with(|| format!("did not hold: {}", step.change));
-        }
-    }
     let host = Host { wish, seen, left, failed, undone, marked };
     let of = |object: &ObjectRef| {
         work.desired
@@ -44,6 +43,17 @@ pub(super) fn outcomes(
             .map(|held| (*object, host.outcome(*object, held, &work.desired)))
     };
     work.due.iter().filter_map(of).collect()
+}
+
+/// What was to be done and still is, although every step said that it had worked.
+pub(super) fn undone(tasks: &[Task]) -> BTreeMap<ObjectRef, String> {
+    let mut undone = BTreeMap::new();
+    for Task { object, deed } in tasks {
+        if let Some(object) = object {
+            undone.entry(*object).or_insert_with(|| format!("did not hold: {deed}"));
+        }
+    }
+    undone
 }
 
 struct Host<'a> {
@@ -115,6 +125,8 @@ impl Host<'_> {
         match &document.spec {
             Spec::Port(port) => self.port(PortId(document.id), port),
             Spec::Network(_) => self.network(NetworkId(document.id)),
+            Spec::Router(router) => self.router(RouterId(document.id), router),
+            Spec::FloatingIp(floating) => self.floating_ip(floating),
             Spec::SecurityGroup(_) => json!({"enforced": false}),
             _ => Value::Null,
         }
@@ -137,6 +149,40 @@ impl Host<'_> {
             facts.insert("host".into(), json!(port.host));
         }
         Value::Object(facts)
+    }
+
+    fn router(&self, id: RouterId, router: &RouterSpec) -> Value {
+        let Some(service) = self.wish.routers.get(&id) else {
+            return json!({"host": router.host});
+        };
+        let links: Map<String, Value> = service
+            .links
+            .iter()
+            .filter_map(|link| {
+                let at = At::inside(service.space.clone(), link.link.clone());
+                let seen = self.seen.links.get(&at)?;
+                let addresses: Vec<String> =
+                    seen.addresses.iter().map(ToString::to_string).collect();
+                let facts = json!({
+                    "port": link.port, "addresses": addresses, "mtu": seen.mtu, "up": seen.up,
+                });
+                Some((link.link.clone(), facts))
+            })
+            .collect();
+        let nat = self.wish.l3.get(&service.space).map_or(0, |wanted| wanted.owners.len());
+        json!({"namespace": service.space, "links": links, "floating_ips": nat})
+    }
+
+    fn floating_ip(&self, floating: &FloatingIpSpec) -> Value {
+        let Some(service) = self.wish.routers.get(&floating.router) else { return Value::Null };
+        let wanted = self.wish.l3.get(&service.space);
+        let translations: Vec<String> = wanted
+            .into_iter()
+            .flat_map(|wanted| &wanted.nat)
+            .filter(|entry| IpAddr::V4(entry.address()) == floating.address)
+            .map(ToString::to_string)
+            .collect();
+        json!({"namespace": service.space, "translations": translations})
     }
 
     fn network(&self, id: NetworkId) -> Value {

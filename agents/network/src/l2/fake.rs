@@ -5,10 +5,10 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use stackhand_kernel::KernelError;
-use stackhand_kernel::netlink::BridgePort;
+use stackhand_kernel::netlink::{BridgePort, Routing};
 
 use super::{At, BRIDGE, Change, HostNet, Make, Owner, Seen, SeenKind, SeenLink, Set};
-use crate::names::network_of_dhcp_space;
+use crate::names::object_of_space;
 
 /// A host that exists only in memory.
 #[derive(Debug, Default)]
@@ -86,6 +86,7 @@ pub fn bare(kind: SeenKind, owner: Owner) -> SeenLink {
         ipv6_off: false,
         port: BridgePort::default(),
         addresses: BTreeSet::new(),
+        routing: Routing::default(),
     }
 }
 
@@ -135,7 +136,7 @@ impl Seen {
                         self.links.insert(peer.clone(), end);
                         SeenKind::Pair
                     }
-                    Make::PairEnd | Make::Brought => {
+                    Make::PairEnd | Make::Loopback | Make::Brought => {
                         return Err(refused("create", nix::libc::EOPNOTSUPP));
                     }
                 };
@@ -211,6 +212,7 @@ impl Seen {
         link.mtu = set.mtu.unwrap_or(link.mtu);
         link.up = set.up.unwrap_or(link.up);
         link.ipv6_off = set.ipv6_off.unwrap_or(link.ipv6_off);
+        link.routing = set.routing.unwrap_or(link.routing);
         if let Some(bridge) = &set.bridge {
             link.bridge.clone_from(bridge);
             link.port = BridgePort::default();
@@ -263,7 +265,7 @@ impl Seen {
                             && [other.space.as_deref(), at.space.as_deref()]
                                 .into_iter()
                                 .flatten()
-                                .all(|space| network_of_dhcp_space(space).is_some())
+                                .all(|space| object_of_space(space).is_some())
                     })
                     .map(|(other, _)| other.clone())
                     .collect();

@@ -11,13 +11,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use ipnet::IpNet;
 use stackhand_kernel::netlink::{
     Address, BridgePort, FdbEntry, FdbTable, Link, LinkChange, LinkKind, Links, Neighbour, NewKind,
-    NewLink, Peer, WriteCount, is_closed,
+    NewLink, Peer, Routing, WriteCount, is_closed,
 };
 use stackhand_kernel::{KernelError, Netns, NetnsId, sysctl};
 use stackhand_model::MacAddr;
 
-use super::{At, BRIDGE, Change, HostNet, Make, Owner, Seen, SeenKind, SeenLink, Set};
-use crate::names::{UNFINISHED_GROUP, network_of_dhcp_space};
+use super::{At, BRIDGE, Change, HostNet, Make, Owner, ROUTING, Seen, SeenKind, SeenLink, Set};
+use crate::desired::METADATA_V6;
+use crate::names::{self, Mark, UNFINISHED_GROUP};
 
 /// The Ethernet address under which a VXLAN link files its flood list.
 const FLOOD: MacAddr = MacAddr([0; 6]);
@@ -66,6 +67,35 @@ impl NetlinkHost {
     #[must_use]
     pub fn known_index(&self, at: &At) -> Option<u32> {
         lock(&self.indices).get(at).copied()
+    }
+
+    /// Route netlink of a namespace.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such namespace.
+    pub async fn links_in(&self, space: &str) -> Result<Links, KernelError> {
+        self.space_links(space).await
+    }
+
+    /// The number of a link: as last seen, or asked for.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such link.
+    pub async fn index_of(&self, at: &At) -> Result<u32, KernelError> {
+        let links = self.links(at.space.as_deref()).await?;
+        self.index(&links, at).await
+    }
+
+    /// Names of a namespace's links by number, as last seen.
+    #[must_use]
+    pub fn names_in(&self, space: &str) -> BTreeMap<u32, String> {
+        let indices = lock(&self.indices);
+        let first = At::inside(space, "");
+        let inside =
+            indices.range(first..).take_while(|(at, _)| at.space.as_deref() == Some(space));
+        inside.map(|(at, index)| (*index, at.link.clone())).collect()
     }
 
     fn host_links(&self) -> Result<Links, KernelError> {
@@ -123,7 +153,7 @@ impl NetlinkHost {
 
         let names: Vec<String> = Netns::list()?
             .into_iter()
-            .filter(|name| network_of_dhcp_space(name).is_some())
+            .filter(|name| names::object_of_space(name).is_some())
             .collect();
         lock(&self.spaces).retain(|name, _| names.contains(name));
         for name in names {
@@ -214,7 +244,7 @@ impl NetlinkHost {
                     group: UNFINISHED_GROUP,
                 })
             }
-            Make::PairEnd | Make::Brought => {
+            Make::PairEnd | Make::Loopback | Make::Brought => {
                 return Err(KernelError::NoSuchLink { link: at.to_string() });
             }
         };
@@ -257,6 +287,9 @@ impl NetlinkHost {
         if let Some(off) = set.ipv6_off {
             self.set_ipv6(at, off).await?;
         }
+        if let Some(routing) = set.routing {
+            self.set_routing(at, routing).await?;
+        }
         if let Some(port) = set.port {
             links.change_port(index, &at.link, port).await?;
         }
@@ -264,6 +297,15 @@ impl NetlinkHost {
             let up = LinkChange { up: Some(true), ..LinkChange::default() };
             links.change(index, &at.link, &up).await?;
         }
+        Ok(())
+    }
+
+    async fn set_routing(&self, at: &At, routing: Routing) -> Result<(), KernelError> {
+        let link = at.link.clone();
+        let write = move || write_routing(&link, routing).map_err(std::io::Error::other);
+        let space = at.space.as_deref().unwrap_or_default();
+        Netns::named(space)?.inside("set how it routes", write).await?;
+        self.writes.add();
         Ok(())
     }
 
@@ -306,15 +348,21 @@ impl NetlinkHost {
         Ok(())
     }
 
-    async fn make_space(&self, name: &str, mark: String) -> Result<(), KernelError> {
+    async fn make_space(&self, name: &str, mark: Mark) -> Result<(), KernelError> {
         let space = Netns::named(name)?;
         if space.id().is_none() {
             space.create().await?;
             self.writes.add();
         }
+        if matches!(mark, Mark::Router(_)) {
+            let write = || write_router_defaults().map_err(std::io::Error::other);
+            space.inside("set how it routes", write).await?;
+            self.writes.add();
+        }
         let links = self.space_links(name).await?;
         let lo = links.index("lo").await?;
-        let change = LinkChange { alias: Some(mark), up: Some(true), ..LinkChange::default() };
+        let change =
+            LinkChange { alias: Some(mark.to_string()), up: Some(true), ..LinkChange::default() };
         links.change(lo, "lo", &change).await
     }
 
@@ -365,7 +413,7 @@ impl HostNet for NetlinkHost {
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {
         match change {
-            Change::MakeSpace { space, mark } => self.make_space(space, mark.to_string()).await,
+            Change::MakeSpace { space, mark } => self.make_space(space, *mark).await,
             Change::DeleteSpace { space } => self.delete_space(space),
             Change::Make { at, make, set } => self.make(at, make, set).await,
             Change::Set { at, set } => self.set(at, set).await,
@@ -419,7 +467,7 @@ fn take(
     let names: BTreeMap<u32, &str> =
         links.iter().map(|link| (link.index, link.name.as_str())).collect();
     let mut by_link: BTreeMap<u32, BTreeSet<IpNet>> = BTreeMap::new();
-    for address in addresses.iter().filter(|address| !is_link_local(address.net.addr())) {
+    for address in addresses.iter().filter(|address| !is_the_kernels(address.net.addr())) {
         by_link.entry(address.link).or_default().insert(address.net);
     }
     for link in links {
@@ -446,13 +494,51 @@ fn take(
             ipv6_off: link.ipv6_off.unwrap_or(true),
             port: link.port.unwrap_or_default(),
             addresses: by_link.remove(&link.index).unwrap_or_default(),
+            routing: link.routing,
         };
         seen.links.insert(at, link);
     }
 }
 
-fn is_link_local(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
+/// Whether the kernel gave an address by itself.
+fn is_the_kernels(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local() && v6 != METADATA_V6)
+}
+
+/// Settings that a router's namespace has as a whole, and that its links start with.
+fn write_router_defaults() -> Result<(), KernelError> {
+    sysctl::write("net/ipv4/ip_forward", "1")?;
+    for which in ["all", "default"] {
+        write_routing(which, ROUTING)?;
+    }
+    Ok(())
+}
+
+fn write_routing(link: &str, routing: Routing) -> Result<(), KernelError> {
+    let v4 = [
+        ("forwarding", i32::from(routing.forwarding)),
+        ("arp_ignore", routing.arp_ignore),
+        ("arp_announce", routing.arp_announce),
+        ("rp_filter", routing.rp_filter),
+        ("send_redirects", i32::from(routing.send_redirects)),
+    ];
+    for (key, value) in v4 {
+        sysctl::write(&format!("net/ipv4/conf/{link}/{key}"), &value.to_string())?;
+    }
+    let Some(v6) = routing.v6 else { return Ok(()) };
+    let v6 = [
+        ("forwarding", i32::from(v6.forwarding)),
+        ("accept_ra", v6.accept_ra),
+        ("accept_dad", v6.accept_dad),
+    ];
+    for (key, value) in v6 {
+        match sysctl::write(&format!("net/ipv6/conf/{link}/{key}"), &value.to_string()) {
+            // A kernel without IPv6.
+            Err(error) if error.is_absent() => return Ok(()),
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 fn owner(link: &Link) -> Owner {

@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
+use stackhand_kernel::netlink::Routing;
 use stackhand_model::ObjectRef;
 
 use super::{At, Change, Forwarding, Make, Owner, Seen, SeenKind, SeenLink, Set, Wanted, Wish};
@@ -183,7 +185,8 @@ impl Planner<'_> {
         match (&wanted.make, &link.kind) {
             (Make::Bridge, SeenKind::Bridge(_))
             | (Make::Brought, _)
-            | (Make::PairEnd, SeenKind::Pair) => true,
+            | (Make::PairEnd, SeenKind::Pair)
+            | (Make::Loopback, SeenKind::Loopback) => true,
             // A tap in use is left as it is: the guest would lose its link. It is made anew
             // when the guest has let go of it.
             (Make::Tap(tap), SeenKind::Tap(is)) => {
@@ -279,7 +282,8 @@ impl Planner<'_> {
             self.step(Some(wanted.object), change);
         }
         if wanted.addresses.is_some() {
-            for net in has.iter().filter(|net| !add.contains(net)) {
+            let unwanted = |net: &&IpNet| !add.contains(net) && !net.addr().is_loopback();
+            for net in has.iter().filter(unwanted) {
                 let change = Change::RemoveAddress { at: at.clone(), net: *net };
                 self.step(Some(wanted.object), change);
             }
@@ -303,7 +307,11 @@ impl Planner<'_> {
                 self.plan.waiting.insert(wanted.object, text);
                 return;
             }
-            Make::PairEnd if self.plan.problems.contains_key(&wanted.object) => return,
+            Make::PairEnd | Make::Loopback if self.plan.problems.contains_key(&wanted.object) => {
+                return;
+            }
+            // Comes with the namespace, marked and up.
+            Make::Loopback => {}
             // Made with the other end; what the other end's making leaves open is set here.
             Make::PairEnd => {
                 let set = Set { mac: None, mtu: None, ..wanted.set.clone() };
@@ -437,6 +445,10 @@ fn difference(wanted: &Set, link: &SeenLink) -> Set {
         ipv6_off: wanted.ipv6_off.filter(|off| *off != link.ipv6_off),
         port: wanted.port.filter(|want| *want != port),
         as_bridge,
+        routing: wanted.routing.filter(|want| {
+            let v6 = link.routing.v6.and(want.v6);
+            Routing { v6, ..*want } != link.routing
+        }),
     }
 }
 
