@@ -7,6 +7,7 @@
 //! ```
 
 pub mod agent;
+pub mod attach;
 pub mod backend;
 pub mod checks;
 pub mod config;

@@ -4,10 +4,15 @@ use std::process::ExitCode;
 
 use stackhand_runtime::run::{AgentContext, Program};
 use stackhand_storage::agent::{StartError, StorageAgent};
+use stackhand_storage::attach;
 use stackhand_storage::checks::checks;
 use stackhand_storage::config::StorageSection;
 
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(code) = attach::cli::run(&arguments) {
+        return code;
+    }
     Program::new(env!("CARGO_PKG_VERSION"), start).with_checks(checks).main()
 }
 

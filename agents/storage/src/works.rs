@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::backend::{Backend, BackendError, Item, Progress};
+use crate::desired::GIB;
 use crate::plan::{WorkKind, WorkState};
 use stackhand_runtime::chain;
 
@@ -315,6 +316,13 @@ async fn perform(
                 Err(_) if fetched.cancelled.load(Ordering::Relaxed) => return Ok(()),
                 Err(error) => return Err(chain(&error)),
             };
+            if found.virtual_bytes > bytes {
+                return Err(format!(
+                    "image {id} has a disk of {} bytes: size_gib must be at least {}",
+                    found.virtual_bytes,
+                    found.virtual_bytes.div_ceil(GIB)
+                ));
+            }
             writing.store(true, Ordering::Relaxed);
             let (cache, runtime) = (images.cache.clone(), Handle::current());
             let contents = found.contents.clone();

@@ -183,10 +183,164 @@ fn what_a_running_qemu_has_open_is_seen_and_kept() {
     backend.delete(vol(1)).unwrap();
 }
 
+/// A volume goes back to its snapshot, however the file system copies, and after a crash between
+/// the note and the rename.
+fn a_volume_goes_back_to_its_snapshot(make: &str) {
+    let mounted = Mounted::new(make, 512 * MIB);
+    let (backend, folder) = (mounted.backend(), mounted.path());
+    backend.create(vol(1), 16 * MIB).unwrap();
+    write(&folder, vol(1), &vec![1; 4 << 20], 0);
+    let path = folder.join(vol(1).to_string());
+    if backend.observe().unwrap().instant.snapshots {
+        backend.clone_item(snap(2), vol(1), 16 * MIB).unwrap();
+    } else {
+        backend.copy(snap(2), &path, 16 * MIB, &Progress::default()).unwrap();
+    }
+    write(&folder, vol(1), &vec![2; 4 << 20], 0);
+    backend.extend(vol(1), 32 * MIB).unwrap();
+    backend.revert(vol(1), snap(2), &Progress::default()).unwrap();
+    assert!(read(&folder, vol(1), 4 << 20).iter().all(|byte| *byte == 1));
+    let observed = backend.observe().unwrap();
+    assert_eq!(observed.items[&vol(1)].bytes, 32 * MIB, "it keeps its size");
+    assert_eq!(observed.items[&vol(1)].presence, Presence::Ready);
+    assert!(observed.leftovers.is_empty(), "{observed:?}");
+
+    // As if it was killed after the record was written and before the rename.
+    write(&folder, vol(1), &vec![3; 4 << 20], 0);
+    let work = folder.join(".stackhand");
+    backend.revert(vol(1), snap(2), &Progress::default()).unwrap();
+    fs::rename(&path, work.join(format!("{}.revert", vol(1)))).unwrap();
+    fs::write(&path, vec![3; 1024]).unwrap();
+    let observed = backend.observe().unwrap();
+    assert_eq!(observed.items[&vol(1)].presence, Presence::Ready, "{observed:?}");
+    assert!(read(&folder, vol(1), 4 << 20).iter().all(|byte| *byte == 1));
+}
+
+#[test]
+fn a_volume_on_xfs_goes_back_to_its_snapshot() {
+    a_volume_goes_back_to_its_snapshot("mkfs.xfs");
+}
+
+#[test]
+fn a_volume_on_ext4_goes_back_to_its_snapshot() {
+    a_volume_goes_back_to_its_snapshot("mkfs.ext4");
+}
+
 fn document(kind: &str, id: u128, spec: &Value) -> Document {
     let (name, id) = (format!("{}{id}", kind.to_lowercase()), Uuid::from_u128(id));
     let document = json!({"kind": kind, "id": id, "name": name, "generation": 1, "spec": spec});
     Document::from_value(&document).unwrap()
+}
+
+/// Settings for an agent whose folders are under `root`.
+fn settings(root: &Path, more: &str) {
+    let text = format!(
+        "host = \"here\"\nstate_dir = \"{0}/state\"\nrun_dir = \"{0}/run\"\n[storage]\n{more}",
+        root.display()
+    );
+    fs::create_dir(root.join("etc")).unwrap();
+    fs::write(root.join("etc/stackhand.toml"), text).unwrap();
+}
+
+fn client_of(root: &Path) -> AgentClient {
+    let transport = Arc::new(LocalTransport::connect(root.join("run/storage.sock")));
+    AgentClient::new(transport, AgentKind::Storage, "here")
+}
+
+/// Waits until an object is in a state; answers what was observed.
+async fn until(client: &AgentClient, kind: Kind, id: u128, state: State) -> (Value, String) {
+    wait_for(Duration::from_secs(60), &format!("{kind} {id} to be {state:?}"), async || {
+        let entries = client.get(Some(kind), Some(&[Uuid::from_u128(id)])).await.ok()?;
+        let status = &entries.first()?.status;
+        let told = (status.observed.clone(), status.reason.clone().unwrap_or_default());
+        (status.state == state).then_some(told)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_agent_without_capabilities_grows_what_libvirt_gave_to_its_own_user() {
+    const AGENT: u32 = 41_234;
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    settings(root, "");
+    for folder in ["state", "run"] {
+        fs::create_dir(root.join(folder)).unwrap();
+        std::os::unix::fs::chown(root.join(folder), Some(AGENT), Some(AGENT)).unwrap();
+    }
+    run("chmod", ["755", root.to_str().unwrap()]);
+    let as_unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/as-unit");
+    let (etc, user) = (root.join("etc").display().to_string(), AGENT.to_string());
+    let program = env!("CARGO_BIN_EXE_storage-agent");
+    let args = ["storage", &user, program, "--config-dir", &etc];
+    let mut agent = Spawned::start(as_unit.to_str().unwrap(), args);
+    agent.wait_for_output(Duration::from_secs(20), "ready");
+    let client = client_of(root);
+    let sized = |size: u64| {
+        let mut volume = document("Volume", 1, &json!({"host": "here", "size_gib": size}));
+        volume.generation = size;
+        volume
+    };
+    client.apply(&[sized(1)]).await.unwrap();
+    until(&client, Kind::Volume, 1, State::Active).await;
+    // What libvirt does when it starts a guest.
+    let path = root.join("state/volumes").join(vol(1).to_string());
+    std::os::unix::fs::chown(&path, Some(64_055), Some(64_055)).unwrap();
+    client.apply(&[sized(2)]).await.unwrap();
+    wait_for(Duration::from_secs(30), "the volume to grow", async || {
+        (fs::metadata(&path).unwrap().len() == 2 << 30).then_some(())
+    })
+    .await;
+    until(&client, Kind::Volume, 1, State::Active).await;
+    agent.terminate(Duration::from_secs(20));
+}
+
+#[tokio::test]
+async fn volumes_are_made_from_images_and_hostile_ones_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    settings(root, "");
+    let image = |name: &str, size: &str| {
+        let path = root.join(name).display().to_string();
+        run("qemu-img", ["create", "-q", "-f", "qcow2", &path, size]);
+        path
+    };
+    let good = image("good.qcow2", "64M");
+    run("qemu-io", ["-f", "qcow2", "-c", "write -P 7 0 4M", &good]);
+    let large = image("large.qcow2", "2100M");
+    let leaning = root.join("leaning.qcow2").display().to_string();
+    run("qemu-img", ["create", "-q", "-f", "qcow2", "-b", &good, "-F", "qcow2", &leaning, "64M"]);
+    let broken = root.join("broken.qcow2").display().to_string();
+    fs::write(&broken, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
+
+    let etc = root.join("etc").display().to_string();
+    let mut agent = Spawned::start(env!("CARGO_BIN_EXE_storage-agent"), ["--config-dir", &etc]);
+    agent.wait_for_output(Duration::from_secs(20), "ready");
+    let client = client_of(root);
+    let volume = |id: u128, source: &str| {
+        let image = Uuid::from_u128(id + 100);
+        let spec = json!({
+            "host": "here", "size_gib": 1, "source": {"image": image},
+            "image": {"source": source, "format": "qcow2"},
+        });
+        document("Volume", id, &spec)
+    };
+    let volumes = [volume(1, &good), volume(2, &large), volume(3, &leaning), volume(4, &broken)];
+    client.apply(&volumes).await.unwrap();
+    until(&client, Kind::Volume, 1, State::Active).await;
+    let folder = root.join("state/volumes");
+    assert!(read(&folder, vol(1), 4 << 20).iter().all(|byte| *byte == 7));
+    assert_eq!(fs::metadata(folder.join(vol(1).to_string())).unwrap().len(), 1 << 30);
+    for (id, why) in [(2, "size_gib must be at least 3"), (3, "backing file"), (4, "broken.qcow2")]
+    {
+        let (_, reason) = until(&client, Kind::Volume, id, State::Error).await;
+        assert!(reason.contains(why), "volume {id}: {reason}");
+        assert!(!folder.join(vol(id).to_string()).exists());
+    }
+    let nameless = json!({"host": "here", "size_gib": 1, "source": {"image": Uuid::from_u128(9)}});
+    let refused = client.apply(&[document("Volume", 5, &nameless)]).await.unwrap_err().to_string();
+    assert!(refused.contains("must be filled in by the controller"), "{refused}");
+    agent.terminate(Duration::from_secs(20));
 }
 
 #[tokio::test]

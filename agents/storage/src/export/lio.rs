@@ -437,11 +437,11 @@ fn read(path: &Path) -> Result<String, ExportError> {
     Ok(String::from_utf8_lossy(&text).trim().to_owned())
 }
 
-/// One write, as configfs wants it.
+/// One write, as configfs wants it. Without a line end: it would become part of a password.
 fn write(path: &Path, value: &str) -> Result<(), ExportError> {
     OpenOptions::new()
         .write(true)
         .open(path)
-        .and_then(|mut file| file.write_all(format!("{value}\n").as_bytes()))
+        .and_then(|mut file| file.write_all(value.as_bytes()))
         .map_err(failed("write", path))
 }

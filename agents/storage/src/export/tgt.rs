@@ -87,7 +87,7 @@ impl Tgt {
     fn away(&self, why: impl std::fmt::Display) -> ExportError {
         let reason = format!(
             "tgtd does not answer on {} ({why}): start it (systemctl start tgt); it answers only \
-             to root, see docs/storage.md",
+             to root",
             self.socket.display()
         );
         ExportError::Away { reason }

@@ -36,7 +36,8 @@ impl Lvm {
 
     /// A command that only looks.
     pub(super) fn report(&self, command: &str, args: &[&str]) -> Result<Vec<u8>, Box<ExecError>> {
-        let json = ["--reportformat", "json", "--units", "b", "--nosuffix", "--readonly"];
+        // Not `--readonly`: it does not ask the kernel what is active, open and how full.
+        let json = ["--reportformat", "json", "--units", "b", "--nosuffix"];
         let program = self.program(command).args(json).args(args.iter().copied());
         Ok(self.run(&program)?.stdout)
     }
