@@ -68,6 +68,11 @@ bench: ## Measure speed and memory against the bars, printed as a table
 	$(stage) "release build" cargo build --locked --release --workspace --bins
 	$(stage) bench cargo run --locked --release --package stackhand-bench
 
+.PHONY: reference
+reference: ## Write docs/reference anew from the programs
+	$(stage) "agentctl" cargo build --locked --bin agentctl
+	$(stage) reference env STACKHAND_REFERENCE=write cargo nextest run --locked --package stackhand-tests --test reference
+
 .PHONY: packages
 packages: ## Build .deb and .rpm packages into target/packages
 	$(stage) setup scripts/setup build packages lab

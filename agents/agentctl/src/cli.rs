@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    act, apply, completion, config, delete, doctor, events, export, facts, get, host, keygen, list,
-    man, ping, schema, show, wait,
+    act, apply, completion, config, delete, doctor, events, export, facts, get, host,
+    import_answers, init, keygen, list, man, ping, reference, schema, show, wait,
 };
 use crate::settings::Globals;
 
@@ -64,10 +64,14 @@ pub(crate) enum Command {
     Export(export::Export),
     Schema(schema::Schema),
     Keygen(keygen::Keygen),
+    Init(init::Init),
+    ImportAnswers(import_answers::ImportAnswers),
     Config(config::Config),
     Completion(completion::Completion),
     #[command(hide = true)]
     Man(man::Man),
+    #[command(hide = true)]
+    Reference(reference::Reference),
 }
 
 #[cfg(test)]

@@ -11,10 +11,13 @@ pub(crate) mod export;
 pub(crate) mod facts;
 pub(crate) mod get;
 pub(crate) mod host;
+pub(crate) mod import_answers;
+pub(crate) mod init;
 pub(crate) mod keygen;
 pub(crate) mod list;
 pub(crate) mod man;
 pub(crate) mod ping;
+pub(crate) mod reference;
 pub(crate) mod schema;
 pub(crate) mod show;
 #[cfg(test)]
@@ -79,8 +82,11 @@ pub(crate) async fn run(command: &Command, session: &mut Session) -> Result<Exit
         Command::Export(args) => export::run(args, session).await,
         Command::Schema(args) => schema::run(args, session),
         Command::Keygen(args) => keygen::run(args, session),
+        Command::Init(args) => init::run(args, session).await,
+        Command::ImportAnswers(args) => import_answers::run(args, session),
         Command::Config(args) => config::run(args, session),
         Command::Completion(args) => completion::run(args, session),
         Command::Man(args) => man::run(args, session),
+        Command::Reference(args) => reference::run(args, session),
     }
 }

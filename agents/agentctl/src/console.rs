@@ -123,15 +123,21 @@ impl Console {
         let _ = writeln!(self.err, "{}", tame(line)).and_then(|()| self.err.flush());
     }
 
-    /// Asks a person. Nobody at a terminal means no.
+    /// Asks a person whether. Nobody at a terminal means no.
     pub(crate) fn ask(&mut self, question: &str) -> io::Result<bool> {
+        let answer = self.read_line(question)?;
+        Ok(matches!(answer.as_deref(), Some("y" | "Y" | "yes")))
+    }
+
+    /// Asks a person for a line. Nothing where nobody is at a terminal.
+    pub(crate) fn read_line(&mut self, question: &str) -> io::Result<Option<String>> {
         if !self.live || !io::stdin().is_terminal() {
-            return Ok(false);
+            return Ok(None);
         }
         self.draw(question);
         let mut answer = String::new();
         io::stdin().read_line(&mut answer)?;
-        Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+        Ok(Some(answer.trim().to_owned()))
     }
 
     /// Writes to standard error as it is, for drawing progress.

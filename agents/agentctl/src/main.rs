@@ -13,9 +13,11 @@ mod link;
 mod manifest;
 mod objects;
 mod progress;
+mod reference;
 mod removal;
 mod roster;
 mod settings;
+mod setup;
 mod table;
 #[cfg(test)]
 mod testing;

@@ -11,6 +11,7 @@ pub(crate) mod complete;
 pub(crate) mod draft;
 pub(crate) mod expand;
 pub(crate) mod floating;
+pub(crate) mod guest;
 pub(crate) mod held;
 pub(crate) mod hosts;
 pub(crate) mod outgrown;

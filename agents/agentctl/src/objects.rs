@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
-use stackhand_model::{Document, Kind, ObjectRef, Spec, State, id_from_name, nearest};
+use stackhand_model::{
+    Connection, Document, Kind, ObjectRef, Secret, Spec, State, id_from_name, nearest,
+};
 use stackhand_runtime::api::Entry;
 use uuid::Uuid;
 
@@ -17,6 +19,9 @@ use crate::manifest::hosts::host_of;
 use crate::table::{Cell, Table, Tone};
 
 mod columns;
+
+/// Stands for what is not shown.
+const HIDDEN: &str = "<secret>";
 
 /// One object.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -138,13 +143,46 @@ pub(crate) fn rows(held: &Held) -> Vec<ObjectRow> {
                 name: newest.name.to_string(),
                 state: worst.1.status.state,
                 reason: worst.1.status.reason.clone(),
-                document: newest.clone(),
+                document: without_secrets(newest),
                 held_by: entries.iter().map(|(place, entry)| Holding::of(place, entry)).collect(),
             })
         })
         .collect();
     rows.sort_by(|a, b| (a.kind, &a.name, a.id).cmp(&(b.kind, &b.name, b.id)));
     rows
+}
+
+/// A document as it may be shown: how volumes are reached is a secret in part.
+fn without_secrets(document: &Document) -> Document {
+    let mut document = document.clone();
+    if let Spec::Instance(instance) = &mut document.spec {
+        for volume in &mut instance.volumes {
+            if let Connection::Iscsi { password: Some(password), .. } = &mut volume.connection {
+                *password = Secret(HIDDEN.to_owned());
+            }
+        }
+    }
+    document
+}
+
+fn hide_passwords(mut value: Value) -> Value {
+    match &mut value {
+        Value::Object(fields) => {
+            for (key, field) in fields.iter_mut() {
+                *field = match key.as_str() {
+                    "password" => HIDDEN.into(),
+                    _ => hide_passwords(field.take()),
+                };
+            }
+        }
+        Value::Array(items) => {
+            for item in items {
+                *item = hide_passwords(item.take());
+            }
+        }
+        _ => {}
+    }
+    value
 }
 
 fn badness(state: State) -> u8 {
@@ -165,7 +203,7 @@ impl Holding {
             generation: entry.status.generation,
             accepted: entry.accepted,
             request_id: entry.request_id.clone(),
-            observed: entry.status.observed.clone(),
+            observed: hide_passwords(entry.status.observed.clone()),
         }
     }
 }
@@ -291,4 +329,32 @@ fn few(items: &[&str]) -> String {
 /// What a spec is, for those who only have the row.
 pub(crate) fn spec(row: &ObjectRow) -> &Spec {
     &row.document.spec
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn passwords_are_not_shown_wherever_they_are() {
+        let observed = json!({"connection": {"type": "iscsi", "password": "p", "lun": 1}});
+        let shown = json!({"connection": {"type": "iscsi", "password": HIDDEN, "lun": 1}});
+        assert_eq!(hide_passwords(observed), shown);
+        assert_eq!(hide_passwords(json!([{"password": "p"}, 7])), json!([{"password": HIDDEN}, 7]));
+        let connection = json!({
+            "type": "iscsi", "portal": "192.0.2.1:3260", "iqn": "iqn.2026-11.org.x:v", "lun": 1,
+            "username": "u", "password": "p",
+        });
+        let document = json!({
+            "kind": "Instance", "id": Uuid::nil(), "name": "i",
+            "spec": {
+                "host": "n", "vcpus": 1, "memory_mib": 64,
+                "volumes": [{"volume": Uuid::nil(), "boot": true, "connection": connection}],
+            },
+        });
+        let shown = without_secrets(&Document::from_value(&document).unwrap()).to_value();
+        assert_eq!(shown["spec"]["volumes"][0]["connection"]["password"], HIDDEN);
+    }
 }

@@ -1,5 +1,6 @@
 //! `agentctl doctor`.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -91,9 +92,35 @@ pub(crate) async fn run(args: &Doctor, session: &mut Session) -> Result<Exit> {
             session.settings.run_dir.value.display()
         );
     }
-    session.console.print(&found, |out| table(&found, args.all, out))?;
-    let failures = count(&found, Severity::Failure);
-    let warnings = count(&found, Severity::Warning);
+    tell(&found, args.all, session)
+}
+
+/// Looks whether this host is fit for some agents with the settings of a folder, whether they run
+/// or not.
+///
+/// # Errors
+///
+/// The findings cannot be printed.
+pub(crate) async fn examine(
+    agents: &[AgentKind],
+    config_dir: &Path,
+    session: &mut Session,
+) -> Result<Exit> {
+    let mut found = Vec::new();
+    for agent in agents {
+        if let Some(program) = program(*agent) {
+            let answer = ask_program(&program, Some(config_dir)).await;
+            let asked = program.display().to_string();
+            found.push(Diagnosis::new(&this_host(), *agent, &asked, answer));
+        }
+    }
+    tell(&found, false, session)
+}
+
+fn tell(found: &[Diagnosis], all: bool, session: &mut Session) -> Result<Exit> {
+    session.console.print(&found, |out| table(found, all, out))?;
+    let failures = count(found, Severity::Failure);
+    let warnings = count(found, Severity::Warning);
     session.console.note(&format!(
         "agentctl: {} agents looked at: {failures} failures, {warnings} warnings",
         found.len()
@@ -148,7 +175,7 @@ async fn local(
             }
         }
         if let Some(program) = program(agent) {
-            let answer = ask_program(&program).await;
+            let answer = ask_program(&program, None).await;
             found.push(Diagnosis::new(&host, agent, &program.display().to_string(), answer));
         }
     }
@@ -156,7 +183,7 @@ async fn local(
 }
 
 /// The agent's program: beside agentctl, or where packages put it.
-fn program(agent: AgentKind) -> Option<PathBuf> {
+pub(crate) fn program(agent: AgentKind) -> Option<PathBuf> {
     let own = std::env::current_exe().ok();
     let beside = own.as_deref().and_then(Path::parent).map(Path::to_owned);
     let folders = beside.into_iter().chain([PathBuf::from(BIN_DIR)]);
@@ -164,10 +191,12 @@ fn program(agent: AgentKind) -> Option<PathBuf> {
 }
 
 /// Runs an agent's program for its preflight alone.
-async fn ask_program(program: &Path) -> Result<Report> {
+async fn ask_program(program: &Path, config_dir: Option<&Path>) -> Result<Report> {
     let name = program.display();
+    let folder = config_dir.into_iter().flat_map(|it| [OsStr::new("--config-dir"), it.as_os_str()]);
     let running = tokio::process::Command::new(program)
         .args(["--preflight", "-o", "json"])
+        .args(folder)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();

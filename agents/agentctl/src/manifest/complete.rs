@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
-use stackhand_model::{Document, Kind, MacAddr, ObjectRef, Spec};
+use stackhand_model::{Document, Kind, ObjectRef, Spec};
 use uuid::Uuid;
 
 use super::draft::{Draft, Drafts, drafts};
@@ -13,7 +13,7 @@ use super::expand::{MADE_FOR, expand};
 use super::held::Held;
 use super::source::Piece;
 use super::spots::Origin;
-use super::{addresses, check, floating, hosts};
+use super::{addresses, check, floating, guest, hosts};
 
 /// The label that names the cloud of a document.
 pub(crate) const CLOUD: &str = "cloud";
@@ -78,6 +78,7 @@ pub(crate) fn complete(
     floating::bind(&mut drafts, held, cloud, &mut problems);
     hosts::choose(&mut drafts, held, &mut problems);
     addresses::choose(&mut drafts, held, &mut problems);
+    guest::tell(&mut drafts, held);
 
     let mut completed = Completed::default();
     let (instances, others): (Vec<ObjectRef>, Vec<ObjectRef>) =
@@ -96,7 +97,7 @@ pub(crate) fn complete(
         }
     }
     for object in instances {
-        plug_ports(&mut drafts, object, held);
+        plug_ports(&mut drafts, object, held, &completed.documents);
         let awaited = plug_volumes(&mut drafts, object, held, &completed.documents);
         if let Some(draft) = drafts.get_mut(&object) {
             match finish(draft, held.newest(object), cloud) {
@@ -148,48 +149,32 @@ fn tell_image(draft: &mut Draft, held: &Held, documents: &BTreeMap<ObjectRef, Do
     }
 }
 
-/// Fills in Ethernet address and MTU of an instance's ports.
-fn plug_ports(drafts: &mut Drafts, object: ObjectRef, held: &Held) {
-    let Some(draft) = drafts.get(&object) else { return };
-    let facts: Vec<(Option<MacAddr>, Option<u32>)> = draft
-        .items("ports")
-        .map(|item| {
-            let id = item["port"].as_str().and_then(|id| id.parse::<Uuid>().ok());
-            id.map_or((None, None), |id| port_facts(drafts, held, id))
-        })
-        .collect();
+/// Fills in what an instance has to know of its ports.
+fn plug_ports(
+    drafts: &mut Drafts,
+    object: ObjectRef,
+    held: &Held,
+    documents: &BTreeMap<ObjectRef, Document>,
+) {
     let Some(draft) = drafts.get_mut(&object) else { return };
-    for (item, (mac, mtu)) in draft.items_mut("ports").zip(facts) {
-        let Value::Object(port) = item else { continue };
-        if let Some(mac) = mac {
-            port.entry("mac").or_insert_with(|| mac.to_string().into());
+    let spec = |kind: Kind, id: Uuid| {
+        let object = ObjectRef { kind, id };
+        documents.get(&object).or_else(|| held.newest(object)).map(|document| &document.spec)
+    };
+    for item in draft.items_mut("ports") {
+        let id = item["port"].as_str().and_then(|id| id.parse::<Uuid>().ok());
+        let (Some(id), Value::Object(fields)) = (id, item) else { continue };
+        let Some(Spec::Port(port)) = spec(Kind::Port, id) else { continue };
+        fields.entry("mac").or_insert_with(|| port.mac.to_string().into());
+        fields.entry("network").or_insert_with(|| port.network.to_string().into());
+        let Some(Spec::Network(network)) = spec(Kind::Network, port.network.0) else { continue };
+        if let Some(mtu) = network.mtu {
+            fields.entry("mtu").or_insert_with(|| mtu.into());
         }
-        if let Some(mtu) = mtu {
-            port.entry("mtu").or_insert_with(|| mtu.into());
+        if let Ok(addresses) = serde_json::to_value(network.guest_addresses(port)) {
+            fields.entry("addresses").or_insert(addresses);
         }
     }
-}
-
-fn port_facts(drafts: &Drafts, held: &Held, id: Uuid) -> (Option<MacAddr>, Option<u32>) {
-    let object = ObjectRef { kind: Kind::Port, id };
-    let (mac, network) = match drafts.get(&object) {
-        Some(port) => (port.text("mac").and_then(|mac| mac.parse().ok()), port.id("network")),
-        None => match held.newest(object).map(|it| &it.spec) {
-            Some(Spec::Port(port)) => (Some(port.mac), Some(port.network.0)),
-            _ => (None, None),
-        },
-    };
-    let network = network.map(|id| ObjectRef { kind: Kind::Network, id });
-    let mtu = network.and_then(|network| match drafts.get(&network) {
-        Some(draft) => {
-            draft.field("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok())
-        }
-        None => match held.newest(network).map(|it| &it.spec) {
-            Some(Spec::Network(network)) => network.mtu,
-            _ => None,
-        },
-    });
-    (mac, mtu)
 }
 
 /// Fills in the connections of an instance's volumes, as far as the storage agents have answered.

@@ -1,6 +1,7 @@
 //! Short forms of manifests, written out: what people leave out because it follows.
 //!
-//! * `flavor: a.nano` and `key_pairs: [me]` of an instance are what the manifest says of them.
+//! * `flavor: a.nano` and `key_pairs: [me]` of an instance are what the manifest says of them;
+//!   these two, `user_data` and `metadata` are told to its guest, in `guest`.
 //! * `ports: [web]` of an instance is `ports: [{port: web}]`; so with volumes.
 //! * `networks: [int1]` of an instance needs a port on each: one is made, called
 //!   `<instance>-<network>`, with the instance's `security_groups`.
@@ -102,11 +103,12 @@ impl Owner<'_> {
         long_form(spec, "ports", "port");
         long_form(spec, "volumes", "volume");
         self.networks(spec);
-        if let Some(Value::Object(data)) = spec.get("user_data")
+        if let Some(Value::Object(guest)) = spec.get_mut("guest")
+            && let Some(Value::Object(data)) = guest.get("user_data")
             && let (1, Some(text)) = (data.len(), data.get("text").and_then(Value::as_str))
         {
             let encoded = STANDARD.encode(text);
-            spec.insert("user_data".into(), encoded.into());
+            guest.insert("user_data".into(), encoded.into());
         }
         let host = spec.get("host").cloned();
         for (index, volume) in list(spec, "volumes").enumerate() {
@@ -321,7 +323,10 @@ mod tests {
             json!({"network": "int2", "fixed_ips": fixed, "security_groups": []})
         );
         let ports = json!([{"port": "own"}, {"port": "demo-int1"}, {"port": "demo-int2"}]);
-        assert_eq!(made[2]["spec"], json!({"ports": ports, "user_data": "IyEvYmluL3No"}));
+        assert_eq!(
+            made[2]["spec"],
+            json!({"ports": ports, "guest": {"user_data": "IyEvYmluL3No"}})
+        );
         assert_eq!(made[2]["labels"], json!({ANTI_AFFINITY: "web"}));
     }
 
@@ -333,7 +338,7 @@ mod tests {
             json!({"kind": "Instance", "spec": {"ports": ["a"]}}),
             json!({"kind": "Instance", "name": "x", "spec": "none"}),
             json!({"kind": "Router", "name": "x", "spec": {"interfaces": 7, "gateway": []}}),
-            json!({"kind": "Instance", "name": "x", "spec": {"networks": [7], "user_data": {}}}),
+            json!({"kind": "Instance", "name": "x", "spec": {"networks": [7], "guest": 3}}),
         ] {
             assert_eq!(expanded(value.clone()), [value]);
         }

@@ -106,6 +106,7 @@ impl Shelf {
     pub(crate) fn fill(&self, spec: &mut Map<String, Value>) -> Result<(), (String, String)> {
         if let Some(flavor) = spec.remove("flavor") {
             let name = flavor.as_str().unwrap_or_default();
+            tell(spec, "flavor", name);
             let flavor = self.flavors.get(name).ok_or_else(|| {
                 unknown("flavor", "Flavor", name, self.flavors.keys().map(String::as_str))
             })?;
@@ -115,9 +116,9 @@ impl Shelf {
                 spec.entry("root_disk_gib").or_insert_with(|| size.into());
             }
         }
-        // A map is complete already: names and keys.
-        if let Some(Value::Array(names)) = spec.get("key_pairs") {
+        if let Some(Value::Array(names)) = spec.get("key_pairs").cloned() {
             let mut pairs = Map::new();
+            spec.remove("key_pairs");
             for (index, name) in names.iter().enumerate() {
                 let name = name.as_str().unwrap_or_default();
                 let pair = self.key_pairs.get(name).ok_or_else(|| {
@@ -126,9 +127,22 @@ impl Shelf {
                 })?;
                 pairs.insert(name.to_owned(), json!(pair.public_key.trim()));
             }
-            spec.insert("key_pairs".into(), pairs.into());
+            tell(spec, "keys", pairs);
+        }
+        for field in ["user_data", "metadata"] {
+            if let Some(value) = spec.remove(field) {
+                tell(spec, field, value);
+            }
         }
         Ok(())
+    }
+}
+
+/// Adds to what an instance's guest is told. Anything but an object there is refused later.
+fn tell(spec: &mut Map<String, Value>, key: &str, value: impl Into<Value>) {
+    let guest = spec.entry("guest").or_insert_with(|| Map::new().into());
+    if let Value::Object(guest) = guest {
+        guest.entry(key).or_insert_with(|| value.into());
     }
 }
 
@@ -215,7 +229,14 @@ spec: {type: local}
         assert_eq!(rest.len(), 1);
         let spec = filled(&json!({"flavor": "a.nano", "memory_mib": 256, "key_pairs": ["me"]}));
         let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ me@here";
-        assert_eq!(spec.unwrap(), json!({"vcpus": 1, "memory_mib": 256, "key_pairs": {"me": key}}));
+        assert_eq!(
+            spec.unwrap(),
+            json!({
+                "vcpus": 1,
+                "memory_mib": 256,
+                "guest": {"flavor": "a.nano", "keys": {"me": key}},
+            })
+        );
     }
 
     #[test]

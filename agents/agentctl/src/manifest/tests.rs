@@ -703,3 +703,31 @@ fn a_volume_is_told_what_the_image_is_that_it_starts_from() {
     let volume = completed.documents[&object(Kind::Volume, "v")].to_value();
     assert_eq!(volume["spec"]["image"]["source"], "/i");
 }
+
+#[test]
+fn a_guest_is_told_the_same_by_its_ports_and_on_its_config_drive() {
+    let text = format!(
+        "kind: Flavor\nname: tiny\nspec: {{vcpus: 1, memory_mib: 64}}\n---{}",
+        FIRST_CLOUD.replace("{vcpus: 1, memory_mib: 128", "{flavor: tiny, metadata: {role: web}")
+    );
+    let mut held = cloud(&["node1"]);
+    for seat in held.seats.values_mut() {
+        seat.zone = "north".into();
+    }
+    let completed = completed(&text, &held).unwrap();
+    let guest =
+        json!({"availability_zone": "north", "flavor": "tiny", "metadata": {"role": "web"}});
+    let instance = completed.documents[&object(Kind::Instance, "demo")].to_value();
+    assert_eq!(instance["spec"]["guest"], guest);
+    let plug = &instance["spec"]["ports"][0];
+    assert_eq!(plug["addresses"][0]["address"], "192.168.0.2/24");
+    let port = completed.documents[&object(Kind::Port, "web")].to_value();
+    assert_eq!(port["spec"]["guest"]["name"], "demo");
+    assert_eq!(port["spec"]["guest"]["metadata"], guest["metadata"]);
+    assert_eq!(port["spec"]["dns_name"], "demo");
+    // Applied alone, the port tells what it told before.
+    let held = carried_out(&planned(&text, &held, true), held);
+    let alone = "kind: Port\nname: web\nspec: {network: int1, security_groups: [basic]}";
+    let changed: Vec<String> = told(&planned(alone, &held, true));
+    assert_eq!(changed, ["unchanged Host node1 @ node1", "unchanged Port web @ node1"]);
+}
