@@ -3,8 +3,9 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    act, apply, completion, config, delete, doctor, events, export, facts, get, host,
-    import_answers, init, keygen, list, man, ping, reference, schema, show, wait,
+    act, apply, completion, config, delete, doctor, events, export, facts, get, guest_console,
+    host, import_answers, init, instance, keygen, list, man, ping, reference, schema, show, top,
+    wait,
 };
 use crate::settings::Globals;
 
@@ -61,6 +62,12 @@ pub(crate) enum Command {
     Delete(delete::Delete),
     Wait(wait::Wait),
     Act(act::Act),
+    #[command(subcommand)]
+    Instance(instance::InstanceCommand),
+    Console(guest_console::GuestConsole),
+    ConsoleLog(guest_console::ConsoleLog),
+    Screenshot(instance::Screenshot),
+    Top(top::Top),
     Export(export::Export),
     Schema(schema::Schema),
     Keygen(keygen::Keygen),

@@ -10,9 +10,11 @@ pub(crate) mod events;
 pub(crate) mod export;
 pub(crate) mod facts;
 pub(crate) mod get;
+pub(crate) mod guest_console;
 pub(crate) mod host;
 pub(crate) mod import_answers;
 pub(crate) mod init;
+pub(crate) mod instance;
 pub(crate) mod keygen;
 pub(crate) mod list;
 pub(crate) mod man;
@@ -22,6 +24,7 @@ pub(crate) mod schema;
 pub(crate) mod show;
 #[cfg(test)]
 mod tests;
+pub(crate) mod top;
 pub(crate) mod wait;
 
 use anyhow::Result;
@@ -79,6 +82,11 @@ pub(crate) async fn run(command: &Command, session: &mut Session) -> Result<Exit
         Command::Delete(args) => delete::run(args, session).await,
         Command::Wait(args) => wait::run(args, session).await,
         Command::Act(args) => act::run(args, session).await,
+        Command::Instance(args) => instance::run(args, session).await,
+        Command::Console(args) => guest_console::run(args, session).await,
+        Command::ConsoleLog(args) => guest_console::log(args, session).await,
+        Command::Screenshot(args) => instance::screenshot(args, session).await,
+        Command::Top(args) => top::run(args, session).await,
         Command::Export(args) => export::run(args, session).await,
         Command::Schema(args) => schema::run(args, session),
         Command::Keygen(args) => keygen::run(args, session),

@@ -1,7 +1,10 @@
 //! The compute agent as the runtime sees it: look, plan, act, report.
 
 mod actions;
+mod capacity;
+mod console;
 mod probe;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -22,15 +25,19 @@ use tokio::sync::OwnedMutexGuard;
 use crate::config::{ComputeSection, VirtType};
 use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
-use crate::hypervisor::{DomainChange, Hypervisor, OffReason, Power};
+use crate::hypervisor::{DomainChange, HostFacts, Hypervisor, OffReason, Power};
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
+use console::Consoles;
 use probe::{Probe, Probed};
 use stackhand_image::Fetches;
 use stackhand_image::{ImageCache, ImageTool};
 
 /// Instances that are worked on at once.
 const AT_ONCE: usize = 6;
+
+/// How long a guest has to let go of a device before it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(20);
 
 /// How often awaited taps are looked for.
 const TAP_EVERY: Duration = Duration::from_millis(100);
@@ -45,6 +52,9 @@ pub struct ComputeAgent<H> {
     images: PathBuf,
     store: Store,
     instances: PathBuf,
+    snapshots: PathBuf,
+    tool: ImageTool,
+    consoles: Consoles,
     fetches: Fetches,
     wake: Wake,
     memory: Arc<Mutex<Memory>>,
@@ -63,8 +73,12 @@ struct Memory {
     probing: bool,
     /// Guests that were asked to shut down, and when.
     stopping: BTreeMap<InstanceId, Instant>,
+    /// Devices that guests were asked to let go of, and when.
+    detaching: BTreeMap<(InstanceId, String), Instant>,
     /// Instances whose crash was told.
     crashed: BTreeSet<InstanceId>,
+    /// What the host has, once it was asked.
+    facts: Option<HostFacts>,
     troubles: Vec<String>,
 }
 
@@ -89,13 +103,22 @@ impl<H: Hypervisor> ComputeAgent<H> {
             fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
             cache,
             images,
-            store: Store::new(&instances, tool),
+            store: Store::new(&instances, tool.clone()),
             instances,
+            snapshots: state_dir.join("snapshots"),
+            tool,
+            consoles: Consoles::default(),
             wake,
             memory: Arc::default(),
             locks: Mutex::default(),
             awaited: Arc::default(),
         }
+    }
+
+    /// What runs its domains.
+    #[must_use]
+    pub fn hypervisor(&self) -> &H {
+        &self.hypervisor
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -157,9 +180,11 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 disk_cache: self.section.disk_cache.clone(),
                 images: self.images.clone(),
                 instances: self.instances.clone(),
+                hotplug_slots: self.section.hotplug_slots,
             }),
             Err(reason) => Err(reason.clone()),
         };
+        let capacity = self.capacity().await;
         let (cache, store) = (self.cache.clone(), self.store.clone());
         let taps: BTreeSet<String> = wanted
             .instances
@@ -196,6 +221,16 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 .map(|(&id, since)| (id, since.elapsed() >= limit))
                 .collect(),
             crashed: memory.crashed.clone(),
+            detaching: memory
+                .detaching
+                .iter()
+                .map(|(key, since)| (key.clone(), since.elapsed() >= ASK_AGAIN))
+                .collect(),
+            keep_unused: (
+                u64::from(self.section.image_cache_hours) * 3600,
+                self.section.image_cache_gib << 30,
+            ),
+            capacity,
             busy: BTreeSet::new(),
         })
     }
@@ -233,8 +268,14 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 crate::blocking(move || cache.remove_contents(&contents)).await.map_err(chain)
             }
             (Step::RemoveFiles(id), _) => {
-                let store = self.store.clone();
-                crate::blocking(move || store.remove(id)).await.map_err(chain)
+                let (store, cache) = (self.store.clone(), self.cache.clone());
+                let work = move || {
+                    if let Ok(Some(record)) = store.read(id) {
+                        cache.touch(record.contents());
+                    }
+                    store.remove(id)
+                };
+                crate::blocking(work).await.map_err(chain)
             }
             (Step::Prepare(record), Some(id)) => {
                 let store = self.store.clone();
@@ -245,11 +286,40 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 let made = self.store.make_disk(id, &base, format, bytes).await;
                 made.map_err(|error| crate::chain(&error))
             }
+            (Step::MakeBlank { part, bytes }, Some(id)) => {
+                let made = self.store.make_blank(id, part, bytes).await;
+                made.map_err(|error| crate::chain(&error))
+            }
+            (Step::WriteConfigDrive, Some(id)) => {
+                let Some(wish) = wanted.instances.get(&id) else { return Ok(()) };
+                let name = wish.document.name.as_str();
+                let image = crate::config_drive::image(id, name, &wish.spec);
+                let image = image.map_err(|error| crate::chain(&error))?;
+                let written = self.store.write_config_drive(id, image).await;
+                written.map_err(|error| crate::chain(&error))
+            }
+            (Step::RemovePart(part), Some(id)) => {
+                let store = self.store.clone();
+                crate::blocking(move || store.remove_part(id, part)).await.map_err(chain)
+            }
+            (Step::EndSnapshot, Some(id)) => {
+                self.hypervisor.abort_copy(id).await.map_err(|error| error.to_string())?;
+                let copy = self.store.copy(id);
+                crate::blocking(move || stackhand_image::files::remove(&copy)).await.map_err(chain)
+            }
             (Step::Domain(change), Some(id)) => {
                 let stops = change == DomainChange::Shutdown;
+                let detaches = match &change {
+                    DomainChange::Detach { alias, .. } => Some(alias.clone()),
+                    _ => None,
+                };
                 let done = self.hypervisor.perform(id, change).await;
                 if stops && done.is_ok() {
                     self.stop_later(id);
+                }
+                if let (Some(alias), Ok(())) = (detaches, &done) {
+                    self.memory().detaching.insert((id, alias), Instant::now());
+                    self.wake_later(id, ASK_AGAIN);
                 }
                 done.map_err(|error| error.to_string())
             }
@@ -260,7 +330,11 @@ impl<H: Hypervisor> ComputeAgent<H> {
     /// Notes that a guest was asked to shut down, and asks for a pass when its time is up.
     fn stop_later(&self, id: InstanceId) {
         self.memory().stopping.insert(id, Instant::now());
-        let limit = Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds));
+        self.wake_later(id, Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds)));
+    }
+
+    /// Asks for a pass when so much time is gone.
+    fn wake_later(&self, id: InstanceId, limit: Duration) {
         let wake = self.wake.clone();
         tokio::spawn(async move {
             tokio::time::sleep(limit + Duration::from_millis(10)).await;
@@ -299,6 +373,13 @@ impl<H: Hypervisor> ComputeAgent<H> {
         if let Ok(domains) = &situation.domains {
             memory.stopping.retain(|id, _| {
                 domains.get(&id.0).is_some_and(|domain| !matches!(domain.power, Power::Off(_)))
+            });
+            memory.detaching.retain(|(id, alias), _| {
+                let devices = domains.get(&id.0).map(|domain| &domain.devices);
+                devices.is_some_and(|devices| {
+                    let mut plugged = devices.volumes.values().chain(devices.nics.values());
+                    plugged.any(|device| device.alias == *alias)
+                })
             });
             // Told by this pass if it was due; started by the next.
             let crashed = Power::Off(OffReason::Crashed);
@@ -417,6 +498,7 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
             told.then_some(id)
         }));
         self.await_taps(plan.awaited);
+        self.consoles.expire();
         self.remember(&wanted, &situation, &work.due);
         drop(guards);
         report
@@ -427,7 +509,7 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
     }
 
     async fn facts(&self) -> Value {
-        let host = self.hypervisor.host().await;
+        let (host, capacity) = (self.hypervisor.host().await, self.capacity().await);
         let engine = self.memory().engine.clone();
         let cache = self.cache.clone();
         let images: Vec<ImageId> = crate::blocking(move || cache.look())
@@ -441,6 +523,12 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
         facts["virt_type"] = json!(engine.as_ref().map(|(engine, _)| engine));
         facts["virt_type_reason"] = json!(engine.as_ref().map(|(_, why)| why));
         facts["images"] = json!(images);
+        facts["capacity"] = json!(capacity);
+        facts["connector"] = json!({"client": "qemu"});
+        facts["usage"] = match self.hypervisor.usage().await {
+            Ok(usage) => json!(usage),
+            Err(_) => json!({}),
+        };
         facts
     }
 

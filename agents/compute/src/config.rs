@@ -22,12 +22,36 @@ pub struct ComputeSection {
     pub max_image_gib: u64,
     /// Most images fetched at once, 1 to 64. Default: 2.
     pub concurrent_fetches: u32,
+    /// Hours that images are kept which nobody uses, 0 to 8760. Default: 24.
+    pub image_cache_hours: u32,
+    /// Disk in GiB that images may take which nobody uses, 0 to 65536. Default: 50.
+    pub image_cache_gib: u64,
     /// Minutes that the conversion of an image may take, of time and of a processor, 1 to 1440.
     /// Default: 60.
     pub convert_timeout_minutes: u32,
     /// Seconds that a guest gets to shut itself down before the plug is pulled, 1 to 3600.
     /// Default: 60.
     pub shutdown_timeout_seconds: u32,
+    /// Devices that can be plugged into an instance while it runs, 0 to 24. Default: 8.
+    pub hotplug_slots: u32,
+    /// Virtual processors that may be given out, in percent of the host's, 1 to 6400.
+    /// Default: 400.
+    pub cpu_overcommit_percent: u32,
+    /// Memory that may be given out, in percent of the host's, 1 to 1000. Default: 100.
+    pub memory_overcommit_percent: u32,
+    /// Disk that may be given out, in percent of the file system's, 1 to 10000. Default: 200.
+    pub disk_overcommit_percent: u32,
+    /// Processors that are kept for the host. Default: 0.
+    pub reserved_cpus: u32,
+    /// Memory in MiB that is kept for the host. Default: 512.
+    pub reserved_memory_mib: u64,
+    /// Disk in GiB that is kept for the host. Default: 0.
+    pub reserved_disk_gib: u64,
+    /// Seconds between two counts of what instances use, 5 to 3600. Default: 30.
+    pub usage_interval_seconds: u32,
+    /// Minutes between two events that tell what instances use, for those who bill, 0 to 1440;
+    /// 0: none. Default: 60.
+    pub usage_event_minutes: u32,
     /// QEMU's image tool. Default: `/usr/bin/qemu-img`.
     pub qemu_img: PathBuf,
 }
@@ -54,8 +78,19 @@ impl Default for ComputeSection {
             disk_cache: "none".into(),
             max_image_gib: 1024,
             concurrent_fetches: 2,
+            image_cache_hours: 24,
+            image_cache_gib: 50,
             convert_timeout_minutes: 60,
             shutdown_timeout_seconds: 60,
+            hotplug_slots: 8,
+            cpu_overcommit_percent: 400,
+            memory_overcommit_percent: 100,
+            disk_overcommit_percent: 200,
+            reserved_cpus: 0,
+            reserved_memory_mib: 512,
+            reserved_disk_gib: 0,
+            usage_interval_seconds: 30,
+            usage_event_minutes: 60,
             qemu_img: "/usr/bin/qemu-img".into(),
         }
     }
@@ -67,8 +102,20 @@ impl AgentSection for ComputeSection {
     fn check(&self, problems: &mut Problems) {
         problems.range("compute.max_image_gib", self.max_image_gib, 1..=65_536);
         problems.range("compute.concurrent_fetches", self.concurrent_fetches, 1..=64);
+        problems.range("compute.image_cache_hours", self.image_cache_hours, 0..=8760);
+        problems.range("compute.image_cache_gib", self.image_cache_gib, 0..=65_536);
         problems.range("compute.convert_timeout_minutes", self.convert_timeout_minutes, 1..=1440);
         problems.range("compute.shutdown_timeout_seconds", self.shutdown_timeout_seconds, 1..=3600);
+        problems.range("compute.hotplug_slots", self.hotplug_slots, 0..=24);
+        problems.range("compute.cpu_overcommit_percent", self.cpu_overcommit_percent, 1..=6400);
+        problems.range(
+            "compute.memory_overcommit_percent",
+            self.memory_overcommit_percent,
+            1..=1000,
+        );
+        problems.range("compute.disk_overcommit_percent", self.disk_overcommit_percent, 1..=10_000);
+        problems.range("compute.usage_interval_seconds", self.usage_interval_seconds, 5..=3600);
+        problems.range("compute.usage_event_minutes", self.usage_event_minutes, 0..=1440);
         problems.absolute("compute.qemu_img", &self.qemu_img);
         let caches = ["none", "writeback", "writethrough", "directsync", "unsafe"];
         if !caches.contains(&self.disk_cache.as_str()) {

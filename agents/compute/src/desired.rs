@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use stackhand_model::{
-    Connection, Document, ErrorCode, ImageFormat, ImageId, ImageSpec, InstanceId, InstanceSpec,
-    ObjectRef, Spec,
+    Document, ErrorCode, ImageFormat, ImageId, ImageSpec, InstanceId, InstanceSpec, ObjectRef, Spec,
 };
 use stackhand_runtime::agent::{Desired, Refusal};
 
@@ -121,10 +120,6 @@ pub fn admit(host: &str, wanted: &Wanted, changed: &BTreeSet<ObjectRef>) -> Resu
 }
 
 fn image(spec: &ImageSpec) -> Result<(), Refusal> {
-    if spec.source.starts_with("http") {
-        let message = "http is not supported yet: fetch it and name its absolute path";
-        return Err(Refusal::new(ErrorCode::Unsupported, message).at("spec.source"));
-    }
     plain_text(spec.command_line.as_deref())
 }
 
@@ -132,17 +127,6 @@ fn instance(host: &str, wanted: &Wanted, spec: &InstanceSpec) -> Result<(), Refu
     if spec.host != host {
         let message = format!("spec.host is {}, this is {host}: send it there", spec.host);
         return Err(Refusal::new(ErrorCode::BadRequest, message).at("spec.host"));
-    }
-    if spec.config_drive {
-        let message = "config drives are not supported yet: use the metadata service";
-        return Err(Refusal::new(ErrorCode::Unsupported, message).at("spec.config_drive"));
-    }
-    for (index, volume) in spec.volumes.iter().enumerate() {
-        if let Connection::Iscsi { .. } = volume.connection {
-            let message = "volumes over iSCSI are not supported yet: keep them on this host";
-            return Err(Refusal::new(ErrorCode::Unsupported, message)
-                .at(&format!("spec.volumes[{index}].connection")));
-        }
     }
     let formats = |id: Option<ImageId>, good: &[ImageFormat], field: &str| match id
         .and_then(|id| wanted.images.get(&id))
@@ -157,6 +141,7 @@ fn instance(host: &str, wanted: &Wanted, spec: &InstanceSpec) -> Result<(), Refu
         _ => Ok(()),
     };
     formats(spec.image, &DISKS, "spec.image")?;
+    formats(spec.cdrom, &[ImageFormat::Iso], "spec.cdrom")?;
     formats(spec.kernel, &[ImageFormat::Kernel], "spec.kernel")?;
     formats(spec.ramdisk, &[ImageFormat::Ramdisk], "spec.ramdisk")?;
     if let Some(image) = spec.image.and_then(|id| wanted.images.get(&id))
@@ -168,6 +153,16 @@ fn instance(host: &str, wanted: &Wanted, spec: &InstanceSpec) -> Result<(), Refu
             spec.root_disk_gib, image.spec.min_disk_gib, image.document.name
         );
         return Err(Refusal::new(ErrorCode::BadRequest, message).at("spec.root_disk_gib"));
+    }
+    if let Some(image) = spec.image.and_then(|id| wanted.images.get(&id))
+        && image.spec.format == ImageFormat::Ami
+        && wanted.boot(spec).0.is_none()
+    {
+        let message = format!(
+            "Image {} has no boot loader (ami): give the image or the instance a kernel",
+            image.document.name
+        );
+        return Err(Refusal::new(ErrorCode::BadRequest, message).at("spec.kernel"));
     }
     plain_text(spec.command_line.as_deref())
 }

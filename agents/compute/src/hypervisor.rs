@@ -1,12 +1,16 @@
 //! What we need from a hypervisor: a narrow seam, so that everything else runs without one.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::future::Future;
+use std::path::Path;
 
 use serde::Serialize;
-use stackhand_model::InstanceId;
+use stackhand_model::{InstanceId, Secret, VolumeId};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::domain::Mark;
+use crate::domain::{Devices, Mark};
 
 pub mod fake;
 
@@ -25,6 +29,10 @@ pub struct DomainSeen {
     pub running_mark: Option<Mark>,
     /// Port of its VNC console on the loopback, while it runs.
     pub vnc_port: Option<u16>,
+    /// What is plugged in, while it runs.
+    pub devices: Devices,
+    /// Its memory is on disk: it goes on where it was when it is started.
+    pub saved: bool,
 }
 
 /// Whether a domain runs.
@@ -37,6 +45,14 @@ pub enum Power {
     Paused,
     /// It is off.
     Off(OffReason),
+}
+
+impl Power {
+    /// Whether it is off.
+    #[must_use]
+    pub fn is_off(self) -> bool {
+        matches!(self, Self::Off(_))
+    }
 }
 
 /// Why a domain is off.
@@ -74,8 +90,71 @@ pub enum DomainChange {
     Shutdown,
     /// Pulls the plug.
     Destroy,
+    /// Puts its memory on disk and ends it; the next start goes on from there.
+    Save,
+    /// Forgets the memory that was put on disk.
+    Discard,
+    /// Plugs a device into the running domain.
+    Attach {
+        /// What it is, for people.
+        what: String,
+        /// Its XML.
+        xml: String,
+    },
+    /// Asks the running guest to let go of a device. It may take its time, or not do it.
+    Detach {
+        /// What it is, for people.
+        what: String,
+        /// libvirt's name for it.
+        alias: String,
+    },
+    /// Tells the running guest that a disk has grown.
+    Resize {
+        /// The disk's target.
+        target: String,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Gives libvirt the password of a volume, to be kept in memory.
+    Keep {
+        /// The volume.
+        volume: VolumeId,
+        /// The password.
+        password: Secret,
+    },
+    /// Has libvirt forget the password of a volume.
+    Release {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// Forgets its definition.
     Undefine,
+}
+
+impl fmt::Display for DomainChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Define { .. } => write!(f, "define the domain"),
+            Self::Start { paused: false } => write!(f, "start the domain"),
+            Self::Start { paused: true } => write!(f, "start the domain, paused"),
+            Self::Pause => write!(f, "pause the domain"),
+            Self::Resume => write!(f, "resume the domain"),
+            Self::Shutdown => write!(f, "ask the guest to shut down"),
+            Self::Destroy => write!(f, "power the domain off"),
+            Self::Save => write!(f, "save the domain's memory and end it"),
+            Self::Discard => write!(f, "discard the domain's saved memory"),
+            Self::Attach { what, .. } => write!(f, "plug in {what}"),
+            Self::Detach { what, .. } => write!(f, "ask the guest to let go of {what}"),
+            Self::Resize { target, bytes } => {
+                write!(f, "tell the guest that {target} has {bytes} bytes")
+            }
+            Self::Keep { volume, .. } => write!(f, "give libvirt the password of volume {volume}"),
+            Self::Release { volume } => {
+                write!(f, "have libvirt forget the password of volume {volume}")
+            }
+            Self::Undefine => write!(f, "undefine the domain"),
+        }
+    }
 }
 
 /// Facts about the host.
@@ -89,6 +168,57 @@ pub struct HostFacts {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// Model of the processors, in libvirt's words.
+    pub cpu_model: Option<String>,
+    /// Architecture.
+    pub architecture: String,
+    /// Its NUMA cells.
+    pub numa_cells: Vec<NumaCell>,
+}
+
+/// Memory and processors that are near to one another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NumaCell {
+    /// Its number.
+    pub id: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Its processors.
+    pub cpus: Vec<u32>,
+}
+
+/// What an instance has used since it was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Processor time, in nanoseconds.
+    pub cpu_nanoseconds: u64,
+    /// Memory that the host spends on it, in KiB.
+    pub memory_resident_kib: u64,
+    /// Memory that the guest has, in KiB.
+    pub memory_kib: u64,
+    /// Memory that the guest does not use, in KiB, if its balloon tells.
+    pub memory_unused_kib: Option<u64>,
+    /// Bytes read from disks.
+    pub disk_read_bytes: u64,
+    /// Bytes written to disks.
+    pub disk_write_bytes: u64,
+    /// Requests to disks.
+    pub disk_requests: u64,
+    /// Bytes received.
+    pub network_receive_bytes: u64,
+    /// Bytes sent.
+    pub network_transmit_bytes: u64,
+    /// Packets dropped on the way in or out.
+    pub network_drops: u64,
+}
+
+/// A picture of an instance's screen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Screenshot {
+    /// MIME type, as the hypervisor gave it.
+    pub mime: String,
+    /// The picture.
+    pub bytes: Vec<u8>,
 }
 
 /// Why the hypervisor did not do what was asked.
@@ -145,9 +275,65 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// # Errors
     ///
     /// Tells why KVM is of no use; [`HypervisorError::Away`] if that cannot be known now.
-    fn probe_kvm(
+    fn probe_kvm(&self, folder: &Path) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+
+    /// What running domains of ours have used, all in one question.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away.
+    fn usage(&self) -> impl Future<Output = Result<BTreeMap<Uuid, Usage>, HypervisorError>> + Send;
+
+    /// The XML of a domain as it runs, or as it will.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away or has no such domain.
+    fn xml(&self, id: InstanceId) -> impl Future<Output = Result<String, HypervisorError>> + Send;
+
+    /// A picture of the instance's screen.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away or the domain has no screen.
+    fn screenshot(
         &self,
-        folder: &std::path::Path,
+        id: InstanceId,
+    ) -> impl Future<Output = Result<Screenshot, HypervisorError>> + Send;
+
+    /// Opens the serial console. What comes from the guest goes to `output`; what is sent to the
+    /// returned sender goes to the guest. Dropping either end closes it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away or the domain is off.
+    fn open_console(
+        &self,
+        id: InstanceId,
+        output: mpsc::Sender<Vec<u8>>,
+    ) -> impl Future<Output = Result<mpsc::Sender<Vec<u8>>, HypervisorError>> + Send;
+
+    /// Copies a running domain's root disk, as it is at this moment, into an empty qcow2 image
+    /// that is there already.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away, the domain is off, or the copy breaks off.
+    fn copy_disk(
+        &self,
+        id: InstanceId,
+        disk: &str,
+        target: &Path,
+    ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+
+    /// Ends a copy that is under way, if one is.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away.
+    fn abort_copy(
+        &self,
+        id: InstanceId,
     ) -> impl Future<Output = Result<(), HypervisorError>> + Send;
 
     /// Whether it can be reached, as far as is known without asking.

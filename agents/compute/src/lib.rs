@@ -9,12 +9,14 @@
 pub mod agent;
 pub mod checks;
 pub mod config;
+pub mod config_drive;
 pub mod desired;
 pub mod domain;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod plan;
 pub mod store;
+pub mod usage;
 
 pub(crate) use stackhand_image::files;
 pub(crate) use stackhand_image::files::blocking;

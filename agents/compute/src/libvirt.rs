@@ -5,24 +5,31 @@
 //! keepalives. A connection that is lost (libvirtd restarts) is opened again; guests run on
 //! meanwhile.
 
+mod calls;
+mod console;
 mod events;
+mod host;
+mod perform;
 mod probe;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stackhand_model::InstanceId;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
+use virt::stream::Stream;
 use virt::sys;
 
 use crate::domain::{Engine, read};
 use crate::hypervisor::{
-    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power,
+    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power, Screenshot,
+    Usage,
 };
 use events::Listener;
 
@@ -31,6 +38,12 @@ const CALLS_AT_ONCE: usize = 6;
 
 /// How often a lost connection is tried again, and a silent one is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a copy is looked at.
+const COPY_EVERY: Duration = Duration::from_millis(100);
+
+/// Most bytes of a picture: four bytes for each point of a large screen.
+const MOST_SCREENSHOT: usize = 64 << 20;
 
 /// Seconds between keepalives, and how many may go unanswered.
 const KEEPALIVE: (i32, u32) = (5, 3);
@@ -229,64 +242,22 @@ impl Hypervisor for Libvirt {
     }
 
     async fn perform(&self, id: InstanceId, change: DomainChange) -> Result<(), HypervisorError> {
-        let verb = match &change {
-            DomainChange::Define { .. } => "define",
-            DomainChange::Start { .. } => "start",
-            DomainChange::Pause => "pause",
-            DomainChange::Resume => "resume",
-            DomainChange::Shutdown => "shut down",
-            DomainChange::Destroy => "destroy",
-            DomainChange::Undefine => "undefine",
-        };
-        let action = format!("{verb} domain {id}");
-        self.call(action, move |connect| {
-            if let DomainChange::Define { xml } = &change {
-                return Domain::define_xml(connect, xml).map(drop);
-            }
-            let domain = match Domain::lookup_by_uuid(connect, id.0) {
-                Ok(domain) => domain,
-                Err(error) if error.code() == ErrorNumber::NoDomain => {
-                    return match change {
-                        // What is not there is off and undefined.
-                        DomainChange::Undefine | DomainChange::Destroy => Ok(()),
-                        _ => Err(error),
-                    };
-                }
-                Err(error) => return Err(error),
-            };
-            let power = power(domain.get_state()?);
-            match change {
-                DomainChange::Define { .. } => Ok(()),
-                DomainChange::Start { paused } if matches!(power, Power::Off(_)) => {
-                    let flags = if paused { sys::VIR_DOMAIN_START_PAUSED } else { 0 };
-                    domain.create_with_flags(flags).map(drop)
-                }
-                DomainChange::Pause if power == Power::Running => domain.suspend().map(drop),
-                DomainChange::Resume if power == Power::Paused => domain.resume().map(drop),
-                DomainChange::Shutdown if !matches!(power, Power::Off(_)) => {
-                    domain.shutdown().map(drop)
-                }
-                DomainChange::Destroy if !matches!(power, Power::Off(_)) => domain.destroy(),
-                DomainChange::Undefine => domain.undefine_flags(
-                    sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-                        | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-                        | sys::VIR_DOMAIN_UNDEFINE_NVRAM
-                        | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
-                ),
-                _ => Ok(()),
-            }
-        })
-        .await
+        let action = format!("{change} ({id})");
+        self.call(action, move |connect| perform::perform(connect, id, change)).await
     }
 
     async fn host(&self) -> Result<HostFacts, HypervisorError> {
         self.call("look at the host".into(), |connect| {
             let node = connect.get_node_info()?;
+            let found = host::capabilities(&connect.get_capabilities()?);
             Ok(HostFacts {
                 hypervisor_version: version(connect.get_hyp_version()?),
                 libvirt_version: version(connect.get_lib_version()?),
                 cpus: node.cpus,
                 memory_mib: node.memory / 1024,
+                cpu_model: found.cpu_model,
+                architecture: found.architecture,
+                numa_cells: found.cells,
             })
         })
         .await
@@ -294,6 +265,101 @@ impl Hypervisor for Libvirt {
 
     async fn probe_kvm(&self, folder: &Path) -> Result<(), HypervisorError> {
         probe::kvm(self, folder).await
+    }
+
+    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+        self.call("count what domains use".into(), |connect| {
+            let all = calls::stats(connect)?;
+            Ok(all.into_iter().map(|(uuid, numbers)| (uuid, host::usage(&numbers))).collect())
+        })
+        .await
+    }
+
+    async fn xml(&self, id: InstanceId) -> Result<String, HypervisorError> {
+        self.call(format!("read the XML of domain {id}"), move |connect| {
+            Domain::lookup_by_uuid(connect, id.0)?.get_xml_desc(0)
+        })
+        .await
+    }
+
+    async fn screenshot(&self, id: InstanceId) -> Result<Screenshot, HypervisorError> {
+        self.call(format!("take a picture of domain {id}"), move |connect| {
+            let domain = Domain::lookup_by_uuid(connect, id.0)?;
+            let stream = Stream::new(connect, 0)?;
+            let mime = domain.screenshot(&stream, 0, 0)?;
+            let (mut bytes, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
+            loop {
+                match stream.recv(&mut buffer)? {
+                    0 => break,
+                    read if bytes.len() + read > MOST_SCREENSHOT => break,
+                    read => bytes.extend_from_slice(&buffer[..read]),
+                }
+            }
+            // What came is there, whatever libvirt says of the end.
+            let _ended = stream.finish();
+            Ok(Screenshot { mime, bytes })
+        })
+        .await
+    }
+
+    async fn open_console(
+        &self,
+        id: InstanceId,
+        output: mpsc::Sender<Vec<u8>>,
+    ) -> Result<mpsc::Sender<Vec<u8>>, HypervisorError> {
+        let uri = self.shared.uri.clone();
+        let action = format!("open the console of domain {id}");
+        self.call(action, move |_| console::open(&uri, id, output)).await
+    }
+
+    async fn copy_disk(
+        &self,
+        id: InstanceId,
+        disk: &str,
+        target: &Path,
+    ) -> Result<(), HypervisorError> {
+        let action = format!("copy disk {disk} of domain {id}");
+        let xml = perform::backup_xml(disk, target);
+        let begin = move |connect: &Connect| {
+            calls::begin_backup(&Domain::lookup_by_uuid(connect, id.0)?, &xml)
+        };
+        self.call(action.clone(), begin).await?;
+        let looked = action.clone();
+        // Dropped before its end, for whatever reason, it leaves the copy to `abort_copy`.
+        while self
+            .call(looked.clone(), move |connect| {
+                calls::job(&Domain::lookup_by_uuid(connect, id.0)?, false)
+            })
+            .await?
+            != sys::VIR_DOMAIN_JOB_NONE
+        {
+            tokio::time::sleep(COPY_EVERY).await;
+        }
+        let ended = self
+            .call(looked, move |connect| calls::job(&Domain::lookup_by_uuid(connect, id.0)?, true));
+        match ended.await? {
+            sys::VIR_DOMAIN_JOB_COMPLETED => Ok(()),
+            kind => Err(HypervisorError::Refused {
+                action,
+                reason: format!("the copy broke off (job type {kind}): see QEMU's log"),
+            }),
+        }
+    }
+
+    async fn abort_copy(&self, id: InstanceId) -> Result<(), HypervisorError> {
+        self.call(format!("end the copy of a disk of domain {id}"), move |connect| {
+            let domain = match Domain::lookup_by_uuid(connect, id.0) {
+                Err(error) if error.code() == ErrorNumber::NoDomain => return Ok(()),
+                domain => domain?,
+            };
+            if power(domain.get_state()?).is_off()
+                || calls::job(&domain, false)? == sys::VIR_DOMAIN_JOB_NONE
+            {
+                return Ok(());
+            }
+            calls::abort_job(&domain)
+        })
+        .await
     }
 
     fn trouble(&self) -> Option<String> {
@@ -311,8 +377,7 @@ fn look(domain: &Domain) -> Result<DomainSeen, Error> {
     let described = |flags| {
         let text = domain.get_xml_desc(flags)?;
         // What cannot be read has no mark, so it is not touched.
-        let unmarked = crate::domain::Described { mark: None, vnc_port: None };
-        Ok(read(&text).unwrap_or(unmarked))
+        Ok(read(&text).unwrap_or_default())
     };
     let next = described(sys::VIR_DOMAIN_XML_INACTIVE)?;
     let running = match power {
@@ -325,7 +390,10 @@ fn look(domain: &Domain) -> Result<DomainSeen, Error> {
         power,
         mark: next.mark,
         vnc_port: running.as_ref().and_then(|running| running.vnc_port),
+        devices: running.as_ref().map(|running| running.devices.clone()).unwrap_or_default(),
         running_mark: running.and_then(|running| running.mark),
+        // Only the drivers that can save say whether they did.
+        saved: power.is_off() && domain.has_managed_save(0).unwrap_or(false),
     })
 }
 

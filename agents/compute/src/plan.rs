@@ -9,7 +9,11 @@
 //! instance   absent ──record──> folder ──disk──> files ──define──> off ──start──> running
 //! ```
 
+mod blueprint;
+mod claims;
 mod instance;
+mod live;
+mod ready;
 #[cfg(test)]
 mod tests;
 
@@ -25,8 +29,11 @@ use uuid::Uuid;
 use crate::desired::Wanted;
 use crate::domain::Engine;
 use crate::hypervisor::{DomainChange, DomainSeen};
-use crate::store::{Record, StoreSeen};
-pub(crate) use instance::{is_ours, local_path};
+use crate::store::{Part, Record, StoreSeen};
+pub use claims::Capacity;
+use claims::Claims;
+pub(crate) use instance::is_ours;
+pub(crate) use ready::local_path;
 use stackhand_image::{CacheSeen, FetchState};
 
 /// One change to the host.
@@ -53,6 +60,19 @@ pub enum Step {
         /// Size of the disk.
         bytes: u64,
     },
+    /// Makes an empty disk.
+    MakeBlank {
+        /// Which.
+        part: Part,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Writes the config drive.
+    WriteConfigDrive,
+    /// Removes a disk.
+    RemovePart(Part),
+    /// Ends a snapshot that a crash left half done.
+    EndSnapshot,
     /// Changes the domain.
     Domain(DomainChange),
     /// Removes the folder of an instance.
@@ -71,16 +91,13 @@ impl fmt::Display for Step {
             Self::MakeDisk { contents, bytes, .. } => {
                 write!(f, "make a root disk of {bytes} bytes over {contents}")
             }
-            Self::Domain(change) => match change {
-                DomainChange::Define { .. } => write!(f, "define the domain"),
-                DomainChange::Start { paused: false } => write!(f, "start the domain"),
-                DomainChange::Start { paused: true } => write!(f, "start the domain, paused"),
-                DomainChange::Pause => write!(f, "pause the domain"),
-                DomainChange::Resume => write!(f, "resume the domain"),
-                DomainChange::Shutdown => write!(f, "ask the guest to shut down"),
-                DomainChange::Destroy => write!(f, "power the domain off"),
-                DomainChange::Undefine => write!(f, "undefine the domain"),
-            },
+            Self::MakeBlank { part, bytes } => {
+                write!(f, "make an empty {} of {bytes} bytes", part.name())
+            }
+            Self::WriteConfigDrive => write!(f, "write the config drive"),
+            Self::RemovePart(part) => write!(f, "remove the {}", part.name()),
+            Self::EndSnapshot => write!(f, "end the snapshot that was under way"),
+            Self::Domain(change) => write!(f, "{change}"),
             Self::RemoveFiles(id) => write!(f, "remove the files of instance {id}"),
         }
     }
@@ -99,6 +116,14 @@ pub struct Fashion {
     pub images: PathBuf,
     /// Folder of instances.
     pub instances: PathBuf,
+    /// Devices that can be plugged into each while it runs.
+    pub hotplug_slots: u32,
+}
+
+/// Why an object cannot go on.
+enum Stop {
+    Waits(String),
+    Fails(String),
 }
 
 /// Everything the planner knows of the host.
@@ -122,6 +147,12 @@ pub struct Situation {
     pub stopping: BTreeMap<InstanceId, bool>,
     /// Instances whose crash was told; the next attempt starts them.
     pub crashed: BTreeSet<InstanceId>,
+    /// Devices that guests were asked to let go of, and whether it is time to ask again.
+    pub detaching: BTreeMap<(InstanceId, String), bool>,
+    /// How many seconds contents are kept that nobody uses, and how many bytes of them.
+    pub keep_unused: (u64, u64),
+    /// What the host may give to guests; absent as long as that is not known.
+    pub capacity: Option<Capacity>,
     /// Instances that an action works on.
     pub busy: BTreeSet<InstanceId>,
 }
@@ -149,16 +180,16 @@ impl Plan {
             let outcome = image(wanted, situation, id, &mut steps);
             plan.add(id.object(), steps, outcome);
         }
+        let mut claims = Claims::new(wanted, situation);
         for (&id, wish) in &wanted.instances {
             if due.contains(&id.object()) {
                 let mut steps = Vec::new();
-                let mut awaited = BTreeSet::new();
-                let outcome = instance::plan(wanted, situation, id, wish, &mut steps, &mut awaited);
-                plan.awaited.extend(awaited);
+                let outcome = instance::plan(wanted, situation, id, wish, &mut steps, &mut claims);
                 plan.add(id.object(), steps, outcome);
             }
         }
-        plan.clean_up(situation);
+        plan.awaited = claims.awaited;
+        plan.clean_up(wanted, situation);
         plan
     }
 
@@ -169,12 +200,14 @@ impl Plan {
         self.outcomes.insert(object, outcome);
     }
 
-    fn clean_up(&mut self, situation: &Situation) {
+    fn clean_up(&mut self, wanted: &Wanted, situation: &Situation) {
         for &id in &situation.store.deleted {
             self.cleanup.push(Step::RemoveFiles(id));
         }
         for &id in &situation.cache.partials {
-            if !running(situation, id) {
+            // One that is still wanted is taken up by its next fetch.
+            let wanted = wanted.images.get(&id).is_some_and(|wish| !wish.deleting);
+            if !wanted && !running(situation, id) {
                 self.cleanup.push(Step::RemovePartial(id));
             }
         }
@@ -187,13 +220,28 @@ impl Plan {
             for folder in situation.store.folders.values() {
                 used.extend(folder.record.iter().flat_map(Record::contents));
             }
-            for contents in &situation.cache.contents {
-                if !used.contains(contents.as_str()) {
-                    self.cleanup.push(Step::RemoveContents(contents.clone()));
-                }
-            }
+            self.cleanup.extend(too_much(situation, &used).into_iter().map(Step::RemoveContents));
         }
     }
+}
+
+/// Contents that nobody uses and that are too old to be kept, or too many: the oldest go first.
+fn too_much(situation: &Situation, used: &BTreeSet<&str>) -> Vec<String> {
+    let (most_seconds, mut room) = situation.keep_unused;
+    let unused = situation.cache.contents.iter().filter(|name| !used.contains(name.as_str()));
+    let age = |name: &String| situation.cache.ages.get(name).copied().unwrap_or((0, u64::MAX));
+    let mut unused: Vec<(u64, u64, &String)> =
+        unused.map(|name| (age(name).1, age(name).0, name)).collect();
+    unused.sort_unstable();
+    let mut doomed = Vec::new();
+    for (seconds, bytes, name) in unused {
+        if seconds >= most_seconds || bytes > room {
+            doomed.push(name.clone());
+        } else {
+            room -= bytes;
+        }
+    }
+    doomed
 }
 
 fn running(situation: &Situation, id: ImageId) -> bool {

@@ -2,7 +2,11 @@
 //!
 //! ```text
 //! <state>/instances/<id>/instance.json   the record; also the proof that the folder is ours
-//!                       /disk            root disk: a qcow2 overlay over cached contents
+//!                       /disk            root disk: a qcow2 overlay over cached contents, or blank
+//!                       /disk.eph0       ephemeral disk, formatted as ext4
+//!                       /disk.swap       swap disk
+//!                       /disk.config     config drive
+//!                       /disk.copy       a snapshot under way
 //!                       /console.log     what the guest wrote to its serial console
 //!                  <id>.deleted          being removed
 //! ```
@@ -11,13 +15,15 @@
 //! leaves behind is either finished by the next pass or removed with the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use stackhand_image::{ImageTool, ToolError};
-use stackhand_model::{FileFormat, ImageId, InstanceId, PowerState};
+use stackhand_kernel::exec::{ExecError, Program};
+use stackhand_model::{FileFormat, ImageId, InstanceId, PowerState, VolumeId};
 
 use crate::files::{
     FileError, failed, make_passage, make_readable, names, read_json, remove, sync_folder,
@@ -42,6 +48,63 @@ pub struct Record {
     /// A power state that takes the place of the document's, until the next generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub power: Option<PowerOverride>,
+    /// The CD in its drive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdrom: Option<Pinned>,
+    /// Hash of what its config drive tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_drive: Option<String>,
+    /// Devices that its volumes have in the guest; they keep them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub targets: BTreeMap<VolumeId, String>,
+    /// Sizes in GiB that the running guest was told of its volumes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sizes: BTreeMap<VolumeId, u64>,
+    /// It is being rebuilt: its root disk is to be made anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rebuild: bool,
+    /// A snapshot of it is under way.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub snapshot: bool,
+}
+
+/// A file of an instance that the guest sees as a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// The root disk.
+    Root,
+    /// The ephemeral disk.
+    Ephemeral,
+    /// The swap disk.
+    Swap,
+    /// The config drive.
+    ConfigDrive,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::Root, Self::Ephemeral, Self::Swap, Self::ConfigDrive];
+
+    /// Name of its file.
+    #[must_use]
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Root => "disk",
+            Self::Ephemeral => "disk.eph0",
+            Self::Swap => "disk.swap",
+            Self::ConfigDrive => "disk.config",
+        }
+    }
+
+    /// What it is, for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Root => "root disk",
+            Self::Ephemeral => "ephemeral disk",
+            Self::Swap => "swap disk",
+            Self::ConfigDrive => "config drive",
+        }
+    }
 }
 
 /// Cached contents that an image had when it was taken.
@@ -79,7 +142,8 @@ impl Record {
     /// Names of the contents that the instance needs.
     pub fn contents(&self) -> impl Iterator<Item = &str> {
         let base = self.base.as_ref().map(|base| &base.pinned);
-        base.into_iter().chain(&self.kernel).chain(&self.ramdisk).map(|p| p.contents.as_str())
+        let others = [&self.kernel, &self.ramdisk, &self.cdrom];
+        base.into_iter().chain(others.into_iter().flatten()).map(|p| p.contents.as_str())
     }
 }
 
@@ -88,8 +152,8 @@ impl Record {
 pub struct FolderSeen {
     /// Its record; absent if the agent died between making the folder and writing it.
     pub record: Option<Record>,
-    /// Whether the root disk is there.
-    pub disk: bool,
+    /// Disks that are there.
+    pub parts: BTreeSet<Part>,
 }
 
 /// What is found of all instances.
@@ -110,6 +174,9 @@ pub enum DiskError {
     /// qemu-img failed.
     #[error(transparent)]
     Tool(#[from] ToolError),
+    /// The program that formats it failed.
+    #[error(transparent)]
+    Program(#[from] Box<ExecError>),
 }
 
 /// The folder of all instances. Calls block unless they are async.
@@ -132,10 +199,16 @@ impl Store {
         self.folder.join(id.to_string())
     }
 
-    /// The root disk of an instance.
+    /// A disk of an instance.
     #[must_use]
-    pub fn disk(&self, id: InstanceId) -> PathBuf {
-        self.path(id).join("disk")
+    pub fn part(&self, id: InstanceId, part: Part) -> PathBuf {
+        self.path(id).join(part.file())
+    }
+
+    /// Where a snapshot of an instance is put together.
+    #[must_use]
+    pub fn copy(&self, id: InstanceId) -> PathBuf {
+        self.path(id).join("disk.copy")
     }
 
     /// The console log of an instance.
@@ -163,7 +236,10 @@ impl Store {
             {
                 let found = FolderSeen {
                     record: read_json(&self.record(id))?,
-                    disk: self.disk(id).is_file(),
+                    parts: Part::ALL
+                        .into_iter()
+                        .filter(|&part| self.part(id, part).is_file())
+                        .collect(),
                 };
                 seen.folders.insert(id, found);
             }
@@ -206,9 +282,82 @@ impl Store {
         format: FileFormat,
         bytes: u64,
     ) -> Result<(), DiskError> {
-        let (disk, partial) = (self.disk(id), self.path(id).join("disk.partial"));
+        let partial = self.partial(id, Part::Root);
         remove(&partial)?;
         self.tool.make_overlay(&partial, base, format, bytes).await?;
+        self.name_part(id, Part::Root).await
+    }
+
+    /// Makes an empty disk: a sparse file, formatted if it is not the root disk.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk takes no more or the program that formats it fails.
+    pub async fn make_blank(
+        &self,
+        id: InstanceId,
+        part: Part,
+        bytes: u64,
+    ) -> Result<(), DiskError> {
+        let partial = self.partial(id, part);
+        let path = partial.clone();
+        let make = move || {
+            remove(&path)?;
+            File::create(&path).and_then(|file| file.set_len(bytes)).map_err(failed("make", &path))
+        };
+        crate::blocking(make).await?;
+        let path = partial.display().to_string();
+        let format = match part {
+            Part::Ephemeral => Some(Program::new("/usr/sbin/mkfs.ext4").args([
+                "-q",
+                "-F",
+                "-L",
+                "ephemeral0",
+                "-E",
+                "nodiscard,lazy_itable_init=1",
+            ])),
+            Part::Swap => Some(Program::new("/usr/sbin/mkswap").args(["-q", "-L", "swap0"])),
+            Part::Root | Part::ConfigDrive => None,
+        };
+        if let Some(format) = format {
+            format.arg(path).run().await.map_err(Box::new)?;
+        }
+        self.name_part(id, part).await
+    }
+
+    /// Writes a config drive in place of the one that was there.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk takes no more.
+    pub async fn write_config_drive(
+        &self,
+        id: InstanceId,
+        image: Vec<u8>,
+    ) -> Result<(), DiskError> {
+        let partial = self.partial(id, Part::ConfigDrive);
+        let write = move || {
+            remove(&partial)?;
+            OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                // It may hold passwords; QEMU's user is given it by libvirt.
+                .mode(0o600)
+                .open(&partial)
+                .and_then(|mut file| file.write_all(&image))
+                .map_err(failed("write", &partial))
+        };
+        crate::blocking(write).await?;
+        self.name_part(id, Part::ConfigDrive).await
+    }
+
+    fn partial(&self, id: InstanceId, part: Part) -> PathBuf {
+        self.path(id).join(format!("{}.partial", part.file()))
+    }
+
+    /// Gives a disk that is complete its name.
+    async fn name_part(&self, id: InstanceId, part: Part) -> Result<(), DiskError> {
+        let (partial, disk) = (self.partial(id, part), self.part(id, part));
         let finish = move || {
             File::open(&partial)
                 .and_then(|file| file.sync_all())
@@ -217,6 +366,16 @@ impl Store {
             disk.parent().map_or(Ok(()), sync_folder)
         };
         Ok(crate::blocking(finish).await?)
+    }
+
+    /// Removes a disk; one that is not there is removed already.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it stays.
+    pub fn remove_part(&self, id: InstanceId, part: Part) -> Result<(), FileError> {
+        remove(&self.part(id, part))?;
+        sync_folder(&self.path(id))
     }
 
     /// Removes everything of an instance, or what is left of a removal.
@@ -241,27 +400,47 @@ impl Store {
         clear()
     }
 
-    /// The last `most` bytes of an instance's console log, and whether there is more before.
+    /// What an instance's console log holds from `start` on, or the end of it.
     ///
     /// # Errors
     ///
     /// Fails if the log cannot be read; one that does not exist is empty.
-    pub fn read_console(&self, id: InstanceId, most: u64) -> Result<(String, bool), FileError> {
+    pub fn read_console(
+        &self,
+        id: InstanceId,
+        start: Option<u64>,
+        most: u64,
+    ) -> Result<ConsoleText, FileError> {
         let path = self.console_log(id);
         let mut file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok((String::new(), false));
+                return Ok(ConsoleText::default());
             }
             opened => opened.map_err(failed("open", &path))?,
         };
         let length = file.metadata().map_err(failed("look at", &path))?.len();
-        let start = length.saturating_sub(most);
+        let latest = length.saturating_sub(most);
+        // A log that is shorter than it was has begun anew.
+        let start = start.map_or(latest, |start| if start > length { 0 } else { start });
         let mut bytes = Vec::new();
         file.seek(SeekFrom::Start(start))
             .and_then(|_| file.take(most).read_to_end(&mut bytes))
             .map_err(failed("read", &path))?;
-        Ok((String::from_utf8_lossy(&bytes).into_owned(), start > 0))
+        let next = start + u64::try_from(bytes.len()).unwrap_or(0);
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        Ok(ConsoleText { text, start, next })
     }
+}
+
+/// A part of a console log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConsoleText {
+    /// The text; bytes that are not UTF-8 are replaced.
+    pub text: String,
+    /// Where it starts in the log.
+    pub start: u64,
+    /// Where what comes after starts.
+    pub next: u64,
 }
 
 #[cfg(test)]
@@ -283,9 +462,9 @@ mod tests {
         let record = Record { seen_running: Some(4), ..Record::default() };
         store.prepare(ID, &record).unwrap();
         store.prepare(ID, &record).unwrap();
-        fs::write(store.disk(ID), "x").unwrap();
+        fs::write(store.part(ID, Part::Root), "x").unwrap();
         let seen = store.look().unwrap().folders.remove(&ID).unwrap();
-        assert_eq!(seen, FolderSeen { record: Some(record), disk: true });
+        assert_eq!(seen, FolderSeen { record: Some(record), parts: [Part::Root].into() });
         fs::rename(store.path(ID), root.path().join(format!("instances/{ID}.deleted"))).unwrap();
         assert_eq!(store.look().unwrap().deleted.len(), 1);
         store.remove(ID).unwrap();
@@ -312,11 +491,34 @@ mod tests {
     fn the_end_of_a_long_console_log_is_read() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::new(root.path(), ImageTool::new(Path::new("/usr/bin/qemu-img"), 60));
-        assert_eq!(store.read_console(ID, 10).unwrap(), (String::new(), false));
+        assert_eq!(store.read_console(ID, None, 10).unwrap(), ConsoleText::default());
         store.prepare(ID, &Record::default()).unwrap();
         fs::write(store.console_log(ID), b"0123456789abc\xff").unwrap();
-        assert!(!store.read_console(ID, 100).unwrap().1);
-        let (text, more) = store.read_console(ID, 4).unwrap();
-        assert_eq!((text.as_str(), more), ("abc\u{fffd}", true));
+        assert_eq!(store.read_console(ID, None, 100).unwrap().start, 0);
+        let end = store.read_console(ID, None, 4).unwrap();
+        assert_eq!((end.text.as_str(), end.start, end.next), ("abc\u{fffd}", 10, 14));
+        assert_eq!(store.read_console(ID, Some(12), 100).unwrap().text, "c\u{fffd}");
+        assert_eq!(store.read_console(ID, Some(14), 100).unwrap().text, "");
+        fs::write(store.console_log(ID), b"anew").unwrap();
+        assert_eq!(store.read_console(ID, Some(14), 100).unwrap().text, "anew");
+    }
+
+    #[tokio::test]
+    async fn blank_disks_are_made_and_formatted() {
+        let root = tempfile::tempdir().unwrap();
+        let tool = ImageTool::new(Path::new("/usr/bin/qemu-img"), 60);
+        let store = Store::new(&root.path().join("instances"), tool);
+        store.prepare(ID, &Record::default()).unwrap();
+        for (part, offset, magic) in
+            [(Part::Ephemeral, 0x438, &b"\x53\xef"[..]), (Part::Swap, 4086, b"SWAPSPACE2")]
+        {
+            store.make_blank(ID, part, 64 << 20).await.unwrap();
+            let bytes = fs::read(store.part(ID, part)).unwrap();
+            assert_eq!(bytes.len(), 64 << 20);
+            assert_eq!(&bytes[offset..offset + magic.len()], magic, "{part:?}");
+        }
+        store.remove_part(ID, Part::Swap).unwrap();
+        store.remove_part(ID, Part::Swap).unwrap();
+        assert_eq!(store.look().unwrap().folders[&ID].parts, [Part::Ephemeral].into());
     }
 }

@@ -4,6 +4,7 @@
 //! <state>/images/<64 hex digits>       contents, read-only, shared by all images with these bytes
 //!               <image id>.json        which contents an image has, and what it was asked for by
 //!               <image id>.partial     being fetched
+//!               <image id>.validator   by what a web server knows the rest of it
 //!               <image id>.converted   being converted
 //! ```
 //!
@@ -13,7 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,6 +27,7 @@ use crate::fetch::{FetchError, Progress, Taken, copy_file};
 use crate::files::{
     FileError, blocking, failed, make_passage, read_json, remove, sync_folder, write_json,
 };
+use crate::http;
 use crate::inspect::{Refused, inspect};
 use crate::tool::{ImageTool, foreign_driver};
 
@@ -76,6 +78,8 @@ pub struct CacheSeen {
     pub images: BTreeMap<ImageId, CachedImage>,
     /// Contents, by name.
     pub contents: BTreeSet<String>,
+    /// How large contents are, and for how many seconds nobody has begun or ended to use them.
+    pub ages: BTreeMap<String, (u64, u64)>,
     /// What is left of fetches, running ones included.
     pub partials: BTreeSet<ImageId>,
 }
@@ -120,13 +124,19 @@ impl ImageCache {
                     // It is written anew when the image is fetched again.
                     Err(error) => tracing::warn!(%error, "passing over a record of the cache"),
                 }
-            } else if let Some(id) = [".partial", ".converted"]
+            } else if let Some(id) = [".partial", ".validator", ".converted"]
                 .iter()
                 .find_map(|end| name.strip_suffix(end))
                 .and_then(|id| id.parse().ok())
             {
                 seen.partials.insert(ImageId(id));
             } else if is_contents(&name) {
+                if let Ok(metadata) = fs::metadata(self.folder.join(&name)) {
+                    let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
+                    // On disk, not as it looks: holes cost nothing.
+                    let bytes = metadata.blocks() * 512;
+                    seen.ages.insert(name.clone(), (bytes, age.unwrap_or_default().as_secs()));
+                }
                 seen.contents.insert(name);
             }
         }
@@ -151,11 +161,11 @@ impl ImageCache {
         progress: &Arc<Progress>,
     ) -> Result<CachedImage, FetchError> {
         let image = self.fetch_contents(id, spec, progress).await;
-        if image.is_err() {
+        // What a web server has not given to the end is gone on with by the next attempt.
+        if image.as_ref().is_err_and(|error| !matches!(error, FetchError::Http { .. })) {
             // If even that fails, the next look finds it.
-            let (partial, converted) = (self.partial(id), self.converted(id));
-            let clear = move || remove(&partial).and(remove(&converted));
-            let _left = blocking(clear).await;
+            let cache = self.clone();
+            let _left = blocking(move || cache.remove_partial(id)).await;
         }
         let image = image?;
         let (record, kept) = (self.record(id), image.clone());
@@ -261,6 +271,9 @@ impl ImageCache {
         spec: &ImageSpec,
         progress: &Arc<Progress>,
     ) -> Result<Taken, FetchError> {
+        if spec.source.starts_with("http://") || spec.source.starts_with("https://") {
+            return http::download(partial, spec, self.most_bytes, progress).await;
+        }
         let source = match spec.source.strip_prefix("file://").unwrap_or(&spec.source) {
             path if path.starts_with('/') => Path::new(path).to_owned(),
             _ => {
@@ -307,9 +320,23 @@ impl ImageCache {
     ///
     /// Fails if its record cannot be removed.
     pub fn forget(&self, id: ImageId) -> Result<(), FileError> {
+        if let Ok(Some(image)) = read_json::<CachedImage>(&self.record(id)) {
+            self.touch([image.contents.as_str()]);
+        }
         remove(&self.record(id))?;
         self.remove_partial(id)?;
         sync_folder(&self.folder)
+    }
+
+    /// Notes that somebody begins or ends to use contents: they age from now on.
+    pub fn touch<'a>(&self, contents: impl IntoIterator<Item = &'a str>) {
+        for contents in contents.into_iter().filter(|name| is_contents(name)) {
+            let now = std::time::SystemTime::now();
+            let touched = File::open(self.path(contents)).and_then(|file| file.set_modified(now));
+            if let Err(error) = touched {
+                tracing::debug!(contents, %error, "contents age on");
+            }
+        }
     }
 
     /// Removes contents that nobody uses.
@@ -327,7 +354,9 @@ impl ImageCache {
     ///
     /// Fails if the file cannot be removed.
     pub fn remove_partial(&self, id: ImageId) -> Result<(), FileError> {
-        remove(&self.partial(id)).and(remove(&self.converted(id)))
+        let partial = self.partial(id);
+        remove(&http::validator_path(&partial))?;
+        remove(&partial).and(remove(&self.converted(id)))
     }
 }
 

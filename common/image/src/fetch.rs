@@ -25,11 +25,19 @@ pub enum FetchError {
         /// The source.
         source_name: String,
     },
-    /// This kind of source is not built yet.
-    #[error("cannot fetch {source_name}: only absolute paths and file:// are supported yet")]
+    /// This kind of source is not known.
+    #[error("cannot fetch {source_name}: give an absolute path or a file, http or https URL")]
     UnsupportedSource {
         /// The source.
         source_name: String,
+    },
+    /// A web server did not give it.
+    #[error("cannot fetch {source_name}: {reason}")]
+    Http {
+        /// The source.
+        source_name: String,
+        /// Why.
+        reason: String,
     },
     /// The bytes are not those that were asked for.
     #[error("{source_name} has checksum {found}, and {wanted} was asked for")]
@@ -64,18 +72,6 @@ pub enum FetchError {
         source_name: String,
         /// The limit.
         most: u64,
-    },
-    /// There is no room for it.
-    #[error("{source_name} needs {needed} bytes and {free} are free in {}", .folder.display())]
-    NoRoom {
-        /// The source.
-        source_name: String,
-        /// The cache's folder.
-        folder: PathBuf,
-        /// Bytes that it needs.
-        needed: u64,
-        /// Bytes that are free.
-        free: u64,
     },
     /// The fetch was called off.
     #[error("fetching {source_name} was called off")]
@@ -161,8 +157,32 @@ impl Intake {
             .mode(0o600)
             .open(path)
             .map_err(failed("make", path))?;
+        Ok(Self::with(path, file, spec, most))
+    }
+
+    /// Goes on with what is at `path`; `None` if nothing is. Reads all of it.
+    pub(crate) fn take_up(
+        path: &Path,
+        spec: &ImageSpec,
+        most: u64,
+    ) -> Result<Option<Self>, FetchError> {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(failed("open", path))?,
+        };
+        let mut intake = Self::with(path, file, spec, most);
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match intake.file.read(&mut buffer).map_err(failed("read", path))? {
+                0 => return Ok(Some(intake)),
+                read => intake.note(&buffer[..read])?,
+            }
+        }
+    }
+
+    fn with(path: &Path, file: File, spec: &ImageSpec, most: u64) -> Self {
         let wants_sha512 = spec.checksum.as_deref().is_some_and(|sum| sum.starts_with("sha512:"));
-        Ok(Self {
+        Self {
             path: path.to_owned(),
             file,
             sha256: Context::new(&SHA256),
@@ -170,7 +190,7 @@ impl Intake {
             sample: Sample::default(),
             most,
             source_name: spec.source.clone(),
-        })
+        }
     }
 
     /// Bytes taken so far.

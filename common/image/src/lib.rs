@@ -12,6 +12,7 @@ mod cache;
 mod fetch;
 mod fetches;
 pub mod files;
+mod http;
 pub mod inspect;
 #[cfg(test)]
 mod tests;
@@ -31,4 +32,22 @@ pub fn hex(bytes: &[u8]) -> String {
         let _ok = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// SHA-256 of a file, as hex digits. Blocks.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read.
+pub fn sha256_of(path: &std::path::Path) -> Result<String, files::FileError> {
+    use std::io::Read;
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut file = std::fs::File::open(path).map_err(files::failed("open", path))?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(files::failed("read", path))? {
+            0 => return Ok(hex(context.finish().as_ref())),
+            read => context.update(&buffer[..read]),
+        }
+    }
 }

@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 use super::*;
 
+mod http;
+
 const ID: ImageId = ImageId(Uuid::from_u128(5));
 
 fn cache() -> (TempDir, ImageCache) {
@@ -82,9 +84,6 @@ async fn what_is_no_file_or_too_large_is_refused_without_waiting() {
     let large = file(&root, &vec![1; (1 << 20) + 1]);
     let error = cache.fetch(ID, &spec(&large, None), &Arc::default()).await.unwrap_err();
     assert!(matches!(error, FetchError::TooLarge { .. }), "{error}");
-    let http = spec(Path::new("http://example.org/image"), None);
-    let error = cache.fetch(ID, &http, &Arc::default()).await.unwrap_err();
-    assert!(matches!(error, FetchError::UnsupportedSource { .. }), "{error}");
     let missing = cache.fetch(ID, &spec(Path::new("/none"), None), &Arc::default()).await;
     assert_eq!(missing.unwrap_err().to_string(), "cannot open /none");
     assert_eq!(cache.look().unwrap(), CacheSeen::default());

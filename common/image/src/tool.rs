@@ -136,17 +136,8 @@ impl ImageTool {
     ///
     /// Fails if the tool does, or if the image refers to another file.
     pub async fn info(&self, image: &Path, format: &str) -> Result<Info, ToolError> {
+        let answer = self.look(image, format).await?;
         let path = image.display().to_string();
-        let output = self
-            .limited(HEADER_SECONDS, None)
-            // The image may be open elsewhere; a look does no harm.
-            .args(["info", "--output=json", "-U", "-f", format])
-            .arg(path.clone())
-            .run()
-            .await?;
-        let answer: Answer = serde_json::from_slice(&output.stdout).map_err(|source| {
-            ToolError::Answer { tool: self.path.clone(), image: image.to_owned(), source }
-        })?;
         let refers = |what| Err(ToolError::Refers { image: image.to_owned(), what });
         if answer.backing_filename.is_some() {
             return refers("a backing file");
@@ -160,6 +151,21 @@ impl ImageTool {
             }
         }
         Ok(Info { virtual_bytes: answer.virtual_size })
+    }
+
+    async fn look(&self, image: &Path, format: &str) -> Result<Answer, ToolError> {
+        let output = self
+            .limited(HEADER_SECONDS, None)
+            // The image may be open elsewhere; a look does no harm.
+            .args(["info", "--output=json", "-U", "-f", format])
+            .arg(image.display().to_string())
+            .run()
+            .await?;
+        serde_json::from_slice(&output.stdout).map_err(|source| ToolError::Answer {
+            tool: self.path.clone(),
+            image: image.to_owned(),
+            source,
+        })
     }
 
     /// Converts an image that was inspected to plain bytes. With `existing` the target is there
@@ -209,6 +215,30 @@ impl ImageTool {
             .args(["convert", "-q", "-U", "-f", driver(format), "-O", driver(target_format)])
             .arg(disk.display().to_string())
             .arg(target.display().to_string())
+            .run()
+            .await?;
+        Ok(())
+    }
+
+    /// Size of the disk in a file of our own, which may be open.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the tool does.
+    pub async fn size(&self, disk: &Path, format: FileFormat) -> Result<u64, ToolError> {
+        Ok(self.look(disk, driver(format)).await?.virtual_size)
+    }
+
+    /// Makes an empty qcow2 image.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the tool does.
+    pub async fn make_empty(&self, image: &Path, bytes: u64) -> Result<(), ToolError> {
+        self.limited(HEADER_SECONDS, None)
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(image.display().to_string())
+            .arg(bytes.to_string())
             .run()
             .await?;
         Ok(())

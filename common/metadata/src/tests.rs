@@ -38,6 +38,7 @@ fn ports() -> Vec<InstancePort> {
         port: PortId(Uuid::from_u128(0xabcd_ef01_2345_4000_8000_0000_0000_0002)),
         mac: MacAddr([0xfa, 0x16, 0x3e, 0, 0, 1]),
         mtu: Some(1450),
+        queues: 1,
         network: None,
         addresses: vec![
             address("10.0.0.7/24", AddressSource::Dhcp, "10.0.0.1"),

@@ -4,11 +4,13 @@
 //! * [`wait_for`] and [`wait_for_sync`]: wait for a condition with a deadline, never for a time;
 //! * [`bin`] and [`Spawned`]: the workspace's own programs, started and surely ended;
 //! * [`broker`]: private RabbitMQ nodes, to be killed and restarted at will;
+//! * [`guest`]: a private libvirtd, and a guest that boots in seconds;
 //! * [`free_port`]: a TCP port nobody listens on.
 //!
 //! A fixture that cannot be had is never passed over in silence: see [`missing`].
 
 pub mod broker;
+pub mod guest;
 mod netns;
 mod process;
 mod wait;

@@ -6,6 +6,7 @@
 //! `tests/bench/results/<name>.json`. A bar that is missed makes the exit status 1.
 
 mod agents;
+mod compute;
 mod fleet;
 mod ledger;
 mod rpc;
@@ -21,8 +22,8 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, list. Default: all.
-    #[arg(value_parser = ["rpc", "ledger", "agents", "list"])]
+    /// Which to run: rpc, ledger, agents, list, compute. Default: all.
+    #[arg(value_parser = ["rpc", "ledger", "agents", "list", "compute"])]
     names: Vec<String>,
     #[command(subcommand)]
     role: Option<Role>,
@@ -61,6 +62,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("list") {
         all.extend(finish("list", fleet::run().await?)?);
+    }
+    if wanted("compute") {
+        all.extend(finish("compute", compute::run().await?)?);
     }
     missed |= all.iter().any(|row| !row.met());
     table::print(&all)?;

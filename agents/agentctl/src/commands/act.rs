@@ -3,12 +3,12 @@
 use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::{Map, Value};
-use stackhand_model::Kind;
+use stackhand_model::{Kind, ObjectRef};
 
 use super::Session;
 use crate::console::{Output, tame};
 use crate::exit::Exit;
-use crate::fleet::Filter;
+use crate::fleet::{Filter, Fleet, Member};
 use crate::objects;
 
 /// Perform an action on an object, such as a reboot.
@@ -35,35 +35,66 @@ fn parse_param(text: &str) -> Result<(String, Value), String> {
     Ok((key.to_owned(), value))
 }
 
-pub(crate) async fn run(args: &Act, session: &mut Session) -> Result<Exit> {
-    let (kind, name) = &args.object;
+/// An object and the agent that has it.
+pub(crate) struct Found {
+    fleet: Fleet,
+    member: Member,
+    object: ObjectRef,
+    /// The object's name.
+    pub(crate) name: String,
+}
+
+impl Found {
+    /// Has the agent do something with the object.
+    pub(crate) async fn act(&self, action: &str, params: Value) -> Result<Value> {
+        let answer = self.member.client.act(self.object, action, params).await;
+        answer.with_context(|| format!("cannot {action} {} {}", self.object.kind, self.name))
+    }
+
+    /// Leaves the agents.
+    pub(crate) async fn close(&self) {
+        self.fleet.close().await;
+    }
+}
+
+/// Finds an object by name or id, and its agent.
+pub(crate) async fn find(session: &Session, kind: Kind, name: &str) -> Result<Found> {
     let fleet = session.fleet().await?;
     let all = objects::gather(&fleet, &Filter::default(), |member| {
-        (member.row.agent == kind.agent()).then_some(Some(*kind))
+        (member.row.agent == kind.agent()).then_some(Some(kind))
     })
     .await?;
     let rows = objects::rows(&all.held);
-    let row = objects::find(&rows, *kind, name, fleet.cloud())?;
+    let row = objects::find(&rows, kind, name, fleet.cloud())?;
     let home = row.home().map(|holding| holding.host.clone()).unwrap_or_default();
+    let (object, name) = (row.document.object(), row.name.clone());
     let member = all
         .members
-        .iter()
+        .into_iter()
         .find(|member| member.row.agent == kind.agent() && member.row.host == home)
         .with_context(|| format!("no {} answers on {home}", kind.agent().binary()))?;
+    Ok(Found { fleet, member, object, name })
+}
+
+pub(crate) async fn run(args: &Act, session: &mut Session) -> Result<Exit> {
+    let (kind, name) = &args.object;
+    let found = find(session, *kind, name).await?;
     let params: Map<String, Value> = args.params.iter().cloned().collect();
-    let answer = member
-        .client
-        .act(row.document.object(), &args.action, params.into())
-        .await
-        .with_context(|| format!("cannot {} {kind} {}", args.action, row.name))?;
-    fleet.close().await;
+    let answer = found.act(&args.action, params.into()).await?;
+    found.close().await;
+    show(session, &answer)?;
+    Ok(Exit::Well)
+}
+
+/// Shows what an action answered.
+pub(crate) fn show(session: &mut Session, answer: &Value) -> Result<()> {
     let for_people = matches!(session.console.output(), Output::Table | Output::Wide);
-    match text(&answer) {
+    match text(answer) {
         _ if answer.is_null() => {}
         Some(text) if for_people || answer.is_string() => session.console.text(&text)?,
-        _ => session.console.print_tree(&answer)?,
+        _ => session.console.print_tree(answer)?,
     }
-    Ok(Exit::Well)
+    Ok(())
 }
 
 /// An answer that is a text or a log, as lines.

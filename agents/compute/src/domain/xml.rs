@@ -1,9 +1,10 @@
 //! The elements of libvirt's domain XML that we use. Field order is element order.
 
 use serde::Serialize;
-use stackhand_model::{Connection, FileFormat};
+use stackhand_model::{CpuMode, Firmware};
 
-use super::{Blueprint, Disk, DiskSource, Engine, Mark, NAMESPACE, Nic, domain_name};
+use super::devices::{DiskElement, Interface};
+use super::{Blueprint, Disk, DiskSource, Engine, Mark, NAMESPACE, domain_name};
 
 #[derive(Serialize)]
 #[serde(rename = "domain")]
@@ -41,6 +42,8 @@ struct MarkElement {
     generation: u64,
     #[serde(rename = "@definition")]
     definition: String,
+    #[serde(rename = "@core")]
+    core: String,
 }
 
 #[derive(Serialize)]
@@ -53,14 +56,31 @@ struct Memory {
 
 #[derive(Serialize)]
 struct Os {
+    #[serde(rename = "@firmware", skip_serializing_if = "Option::is_none")]
+    firmware: Option<&'static str>,
     #[serde(rename = "type")]
     kind: OsType,
+    #[serde(rename = "firmware", skip_serializing_if = "Option::is_none")]
+    features: Option<FirmwareFeatures>,
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     initrd: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cmdline: Option<String>,
+}
+
+#[derive(Serialize)]
+struct FirmwareFeatures {
+    feature: FirmwareFeature,
+}
+
+#[derive(Serialize)]
+struct FirmwareFeature {
+    #[serde(rename = "@enabled")]
+    enabled: &'static str,
+    #[serde(rename = "@name")]
+    name: &'static str,
 }
 
 #[derive(Serialize)]
@@ -75,7 +95,7 @@ struct OsType {
 
 /// An element without contents.
 #[derive(Serialize)]
-struct Empty {}
+pub(super) struct Empty {}
 
 #[derive(Serialize)]
 struct Features {
@@ -87,7 +107,20 @@ struct Features {
 struct Cpu {
     #[serde(rename = "@mode")]
     mode: &'static str,
+    #[serde(rename = "@match", skip_serializing_if = "Option::is_none")]
+    matches: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<CpuModel>,
     topology: Topology,
+}
+
+#[derive(Serialize)]
+struct CpuModel {
+    /// One that the host cannot give is refused, not replaced.
+    #[serde(rename = "@fallback")]
+    fallback: &'static str,
+    #[serde(rename = "$text")]
+    name: String,
 }
 
 #[derive(Serialize)]
@@ -118,125 +151,22 @@ struct Devices {
     #[serde(skip_serializing_if = "Option::is_none")]
     graphics: Option<Graphics>,
     video: Video,
-    memballoon: Model,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    channel: Option<Channel>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    watchdog: Option<Watchdog>,
+    memballoon: Balloon,
     rng: Rng,
-}
-
-#[derive(Serialize)]
-struct DiskElement {
-    #[serde(rename = "@type")]
-    kind: &'static str,
-    #[serde(rename = "@device")]
-    device: &'static str,
-    driver: Driver,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<Source>,
-    #[serde(rename = "backingStore", skip_serializing_if = "Option::is_none")]
-    backing: Option<Backing>,
-    target: DiskTarget,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    serial: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    boot: Option<Boot>,
-}
-
-#[derive(Serialize)]
-struct Driver {
-    #[serde(rename = "@name")]
-    name: &'static str,
-    #[serde(rename = "@type")]
-    format: &'static str,
-    #[serde(rename = "@cache")]
-    cache: String,
-    #[serde(rename = "@discard")]
-    discard: &'static str,
-}
-
-#[derive(Serialize, Default)]
-struct Source {
-    #[serde(rename = "@file", skip_serializing_if = "Option::is_none")]
-    file: Option<String>,
-    #[serde(rename = "@dev", skip_serializing_if = "Option::is_none")]
-    dev: Option<String>,
-}
-
-/// What lies below an overlay, told so that nobody guesses formats.
-#[derive(Serialize)]
-struct Backing {
-    #[serde(rename = "@type", skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    format: Option<Format>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<Source>,
-    /// An empty one says that the chain ends.
-    #[serde(rename = "backingStore", skip_serializing_if = "Option::is_none")]
-    end: Option<Empty>,
-}
-
-#[derive(Serialize)]
-struct Format {
-    #[serde(rename = "@type")]
-    kind: &'static str,
-}
-
-#[derive(Serialize)]
-struct DiskTarget {
-    #[serde(rename = "@dev")]
-    dev: String,
-    #[serde(rename = "@bus")]
-    bus: &'static str,
-}
-
-#[derive(Serialize)]
-struct Boot {
-    #[serde(rename = "@order")]
-    order: u32,
 }
 
 #[derive(Serialize)]
 struct Controller {
     #[serde(rename = "@type")]
     kind: &'static str,
+    #[serde(rename = "@index", skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
     #[serde(rename = "@model")]
     model: &'static str,
-}
-
-#[derive(Serialize)]
-struct Interface {
-    #[serde(rename = "@type")]
-    kind: &'static str,
-    mac: Mac,
-    target: Tap,
-    model: ModelType,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    mtu: Option<Mtu>,
-}
-
-#[derive(Serialize)]
-struct Mac {
-    #[serde(rename = "@address")]
-    address: String,
-}
-
-#[derive(Serialize)]
-struct Tap {
-    #[serde(rename = "@dev")]
-    dev: String,
-    #[serde(rename = "@managed")]
-    managed: &'static str,
-}
-
-#[derive(Serialize)]
-struct ModelType {
-    #[serde(rename = "@type")]
-    kind: &'static str,
-}
-
-#[derive(Serialize)]
-struct Mtu {
-    #[serde(rename = "@size")]
-    size: u32,
 }
 
 #[derive(Serialize)]
@@ -289,14 +219,50 @@ struct Graphics {
 }
 
 #[derive(Serialize)]
+pub(super) struct ModelType {
+    #[serde(rename = "@type")]
+    pub(super) kind: &'static str,
+}
+
+#[derive(Serialize)]
 struct Video {
     model: ModelType,
 }
 
 #[derive(Serialize)]
-struct Model {
+struct Channel {
+    #[serde(rename = "@type")]
+    kind: &'static str,
+    target: ChannelTarget,
+}
+
+#[derive(Serialize)]
+struct ChannelTarget {
+    #[serde(rename = "@type")]
+    kind: &'static str,
+    #[serde(rename = "@name")]
+    name: &'static str,
+}
+
+#[derive(Serialize)]
+struct Watchdog {
     #[serde(rename = "@model")]
     model: &'static str,
+    #[serde(rename = "@action")]
+    action: &'static str,
+}
+
+#[derive(Serialize)]
+struct Balloon {
+    #[serde(rename = "@model")]
+    model: &'static str,
+    stats: BalloonStats,
+}
+
+#[derive(Serialize)]
+struct BalloonStats {
+    #[serde(rename = "@period")]
+    period_seconds: u32,
 }
 
 #[derive(Serialize)]
@@ -318,6 +284,7 @@ impl Domain {
     pub(super) fn new(blueprint: &Blueprint, mark: &Mark) -> Self {
         let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
         let kernel = blueprint.kernel.as_ref();
+        let uefi = blueprint.firmware == Firmware::Uefi;
         Self {
             engine: blueprint.engine.as_str(),
             name: domain_name(blueprint.id),
@@ -328,11 +295,16 @@ impl Domain {
                     id: mark.id.to_string(),
                     generation: mark.generation,
                     definition: mark.definition.clone(),
+                    core: mark.core.clone(),
                 },
             },
             memory: Memory { unit: "MiB", amount: blueprint.memory_mib },
             vcpu: blueprint.vcpus,
             os: Os {
+                firmware: uefi.then_some("efi"),
+                features: uefi.then_some(FirmwareFeatures {
+                    feature: FirmwareFeature { enabled: "no", name: "secure-boot" },
+                }),
                 kind: OsType {
                     arch: std::env::consts::ARCH,
                     machine: blueprint.machine.clone(),
@@ -344,10 +316,17 @@ impl Domain {
             },
             features: Features { acpi: Empty {}, apic: Empty {} },
             cpu: Cpu {
-                mode: match blueprint.engine {
-                    Engine::Kvm => "host-model",
-                    Engine::Qemu => "maximum",
+                mode: match (blueprint.cpu.mode, blueprint.engine) {
+                    (CpuMode::Default, Engine::Kvm) => CpuMode::HostModel.as_str(),
+                    (CpuMode::Default, Engine::Qemu) => CpuMode::Maximum.as_str(),
+                    (mode, _) => mode.as_str(),
                 },
+                matches: blueprint.cpu.model.as_ref().map(|_| "exact"),
+                model: blueprint
+                    .cpu
+                    .model
+                    .clone()
+                    .map(|name| CpuModel { fallback: "forbid", name }),
                 topology: Topology { sockets: blueprint.vcpus, cores: 1, threads: 1 },
             },
             clock: Clock { offset: "utc" },
@@ -355,16 +334,11 @@ impl Domain {
             on_reboot: "restart",
             on_crash: "destroy",
             devices: Devices {
-                disk: blueprint
-                    .disks
-                    .iter()
+                disk: disks(blueprint)
+                    .into_iter()
                     .map(|disk| DiskElement::new(disk, blueprint))
                     .collect(),
-                controller: if blueprint.vnc {
-                    vec![]
-                } else {
-                    vec![Controller { kind: "usb", model: "none" }]
-                },
+                controller: controllers(blueprint),
                 interface: blueprint.nics.iter().map(Interface::new).collect(),
                 serial: Serial {
                     kind: "pty",
@@ -384,7 +358,14 @@ impl Domain {
                 video: Video {
                     model: ModelType { kind: if blueprint.vnc { "vga" } else { "none" } },
                 },
-                memballoon: Model { model: "virtio" },
+                channel: blueprint.guest_agent.then_some(Channel {
+                    kind: "unix",
+                    target: ChannelTarget { kind: "virtio", name: "org.qemu.guest_agent.0" },
+                }),
+                watchdog: blueprint
+                    .watchdog
+                    .map(|action| Watchdog { model: "i6300esb", action: action.as_str() }),
+                memballoon: Balloon { model: "virtio", stats: BalloonStats { period_seconds: 10 } },
                 rng: Rng {
                     model: "virtio",
                     backend: RngBackend { model: "random", device: "/dev/urandom" },
@@ -394,62 +375,43 @@ impl Domain {
     }
 }
 
-impl DiskElement {
-    fn new(disk: &Disk, blueprint: &Blueprint) -> Self {
-        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
-        let file = |path| Source { file: Some(text(path)), dev: None };
-        let (kind, format, source, backing) = match &disk.source {
-            DiskSource::Overlay { path, base, base_format } => {
-                let backing = Backing {
-                    kind: Some("file"),
-                    format: Some(Format { kind: format_name(*base_format) }),
-                    source: Some(file(base)),
-                    end: Some(Empty {}),
-                };
-                ("file", "qcow2", Some(file(path)), Some(backing))
-            }
-            DiskSource::Volume(Connection::File { path, format }) => {
-                ("file", format_name(*format), Some(file(path)), None)
-            }
-            DiskSource::Volume(Connection::Block { path }) => {
-                ("block", "raw", Some(Source { file: None, dev: Some(text(path)) }), None)
-            }
-            // Refused before a blueprint is made; an empty disk is refused by libvirt.
-            DiskSource::Volume(Connection::Iscsi { .. }) => ("network", "raw", None, None),
-        };
-        Self {
-            kind,
-            device: "disk",
-            driver: Driver {
-                name: "qemu",
-                format,
-                cache: blueprint.disk_cache.clone(),
-                discard: "unmap",
-            },
-            source,
-            backing,
-            target: DiskTarget { dev: disk.target.clone(), bus: "virtio" },
-            serial: disk.serial.map(|volume| volume.to_string()),
-            boot: disk.boot.then_some(Boot { order: 1 }),
-        }
-    }
+/// All disks, in the order in which a guest's kernel names them.
+fn disks(blueprint: &Blueprint) -> Vec<&Disk> {
+    let mut disks: Vec<&Disk> = blueprint.disks.iter().chain(&blueprint.volumes).collect();
+    // CDs (`sd…`) before disks (`vd…`), which is of no matter to either.
+    disks.sort_by_key(|disk| (disk.target.len(), &disk.target));
+    disks
 }
 
-impl Interface {
-    fn new(nic: &Nic) -> Self {
-        Self {
-            kind: "ethernet",
-            mac: Mac { address: nic.mac.to_string() },
-            target: Tap { dev: nic.tap.clone(), managed: "no" },
-            model: ModelType { kind: "virtio" },
-            mtu: nic.mtu.map(|size| Mtu { size }),
-        }
+/// Controllers that libvirt would not add by itself.
+fn controllers(blueprint: &Blueprint) -> Vec<Controller> {
+    let mut controllers = Vec::new();
+    if !blueprint.vnc {
+        controllers.push(Controller { kind: "usb", index: None, model: "none" });
     }
-}
-
-fn format_name(format: FileFormat) -> &'static str {
-    match format {
-        FileFormat::Raw => "raw",
-        FileFormat::Qcow2 => "qcow2",
+    let on_virtio = |source: &DiskSource| matches!(source, DiskSource::VirtioCd(_));
+    let has_scsi = blueprint.disks.iter().any(|disk| on_virtio(&disk.source));
+    if has_scsi {
+        controllers.push(Controller { kind: "scsi", index: None, model: "virtio-scsi" });
     }
+    // On PCI Express each virtio device takes a port of its own, and one that is plugged in later
+    // needs a port that is free.
+    if blueprint.machine.starts_with("q35") || blueprint.machine.starts_with("pc-q35") {
+        let is_cd =
+            |source: &DiskSource| matches!(source, DiskSource::Cd(_) | DiskSource::VirtioCd(_));
+        let disks = blueprint.disks.iter().filter(|disk| !is_cd(&disk.source)).count();
+        let devices = disks + blueprint.volumes.len() + blueprint.nics.len();
+        // The balloon and the random generator; what else is asked for.
+        let others = 2
+            + usize::from(has_scsi)
+            + usize::from(blueprint.guest_agent)
+            + usize::from(blueprint.vnc);
+        let spare = usize::try_from(blueprint.spare_slots).unwrap_or(0);
+        // Numbered, because libvirt takes the first for the root otherwise.
+        let pci = |index, model| Controller { kind: "pci", index: Some(index), model };
+        controllers.push(pci(0, "pcie-root"));
+        controllers
+            .extend((1..=devices + others + spare).map(|index| pci(index, "pcie-root-port")));
+    }
+    controllers
 }

@@ -4,11 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use stackhand_model::InstanceId;
+use stackhand_model::{InstanceId, VolumeId};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power};
-use crate::domain::{domain_name, read};
+use super::{
+    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power, Screenshot,
+    Usage,
+};
+use crate::domain::{Devices, domain_name, read, read_device};
 
 /// Domains that exist only in memory.
 #[derive(Debug, Default)]
@@ -27,8 +31,14 @@ pub struct Host {
     pub broken: BTreeSet<Uuid>,
     /// Guests that pass over a request to shut down.
     pub deaf: BTreeSet<Uuid>,
+    /// Guests that do not let go of devices.
+    pub clinging: BTreeSet<Uuid>,
     /// KVM runs guests.
     pub kvm: bool,
+    /// What each domain will have plugged in when it is started.
+    defined: BTreeMap<Uuid, Devices>,
+    /// Volumes whose password is known.
+    passwords: BTreeSet<VolumeId>,
 }
 
 impl FakeHypervisor {
@@ -54,7 +64,7 @@ impl Host {
             return Err("the fake was told so".into());
         }
         if let DomainChange::Define { xml } = change {
-            let mark = read(xml).map_err(|error| error.to_string())?.mark;
+            let described = read(xml).map_err(|error| error.to_string())?;
             let name = domain_name(id);
             if self.domains.values().any(|other| other.name == name && other.uuid != id.0) {
                 return Err(format!("domain '{name}' already exists"));
@@ -66,11 +76,26 @@ impl Host {
                 mark: None,
                 running_mark: None,
                 vnc_port: None,
+                devices: Devices::default(),
+                saved: false,
             });
-            domain.mark = mark;
+            domain.mark = described.mark;
+            self.defined.insert(id.0, with_aliases(described.devices));
             return Ok(());
         }
+        match change {
+            DomainChange::Keep { volume, .. } => {
+                self.passwords.insert(*volume);
+                return Ok(());
+            }
+            DomainChange::Release { volume } => {
+                self.passwords.remove(volume);
+                return Ok(());
+            }
+            _ => {}
+        }
         let deaf = self.deaf.contains(&id.0);
+        let clinging = self.clinging.contains(&id.0);
         let Some(domain) = self.domains.get_mut(&id.0) else {
             return match change {
                 DomainChange::Undefine | DomainChange::Destroy => Ok(()),
@@ -80,11 +105,14 @@ impl Host {
         let off = |domain: &mut DomainSeen, reason| {
             domain.power = Power::Off(reason);
             domain.running_mark = None;
+            domain.devices = Devices::default();
         };
         match (change, domain.power) {
             (DomainChange::Start { paused }, Power::Off(_)) => {
                 domain.power = if *paused { Power::Paused } else { Power::Running };
                 domain.running_mark = domain.mark.clone();
+                domain.devices = self.defined.get(&id.0).cloned().unwrap_or_default();
+                domain.saved = false;
             }
             (DomainChange::Pause, Power::Running) => domain.power = Power::Paused,
             (DomainChange::Resume, Power::Paused) => domain.power = Power::Running,
@@ -92,12 +120,63 @@ impl Host {
             (DomainChange::Destroy, Power::Running | Power::Paused) => {
                 off(domain, OffReason::Destroyed);
             }
+            (DomainChange::Save, Power::Running | Power::Paused) => {
+                off(domain, OffReason::Unknown);
+                domain.saved = true;
+            }
+            (DomainChange::Discard, _) => domain.saved = false,
+            (DomainChange::Attach { xml, .. }, Power::Running | Power::Paused) => {
+                let new = with_aliases(read_device(xml).map_err(|error| error.to_string())?);
+                if new.volumes.keys().any(|volume| domain.devices.volumes.contains_key(volume))
+                    || new.nics.keys().any(|tap| domain.devices.nics.contains_key(tap))
+                {
+                    return Err("it is plugged in already".into());
+                }
+                domain.devices.volumes.extend(new.volumes);
+                domain.devices.nics.extend(new.nics);
+            }
+            (DomainChange::Detach { alias, .. }, Power::Running) if !clinging => {
+                domain.devices.volumes.retain(|_, plugged| plugged.alias != *alias);
+                domain.devices.nics.retain(|_, plugged| plugged.alias != *alias);
+            }
+            (
+                DomainChange::Attach { .. }
+                | DomainChange::Detach { .. }
+                | DomainChange::Resize { .. }
+                | DomainChange::Save,
+                Power::Off(_),
+            ) => return Err("domain is not running".into()),
             (DomainChange::Undefine, Power::Off(_)) => drop(self.domains.remove(&id.0)),
             // A running domain becomes one without a definition.
             (DomainChange::Undefine, _) => domain.mark = None,
             _ => {}
         }
         Ok(())
+    }
+}
+
+/// Names devices as libvirt does when it plugs them in.
+fn with_aliases(mut devices: Devices) -> Devices {
+    for (volume, plugged) in &mut devices.volumes {
+        plugged.alias = format!("disk-{volume}");
+    }
+    for (tap, plugged) in &mut devices.nics {
+        plugged.alias = format!("net-{tap}");
+    }
+    devices
+}
+
+impl FakeHypervisor {
+    fn running(&self, id: InstanceId, action: &str) -> Result<(), HypervisorError> {
+        let host = self.host();
+        host.reach()?;
+        match host.domains.get(&id.0).map(|domain| domain.power) {
+            Some(Power::Running | Power::Paused) => Ok(()),
+            _ => Err(HypervisorError::Refused {
+                action: action.into(),
+                reason: "domain is not running".into(),
+            }),
+        }
     }
 }
 
@@ -122,6 +201,9 @@ impl Hypervisor for FakeHypervisor {
             libvirt_version: "1.2.3".into(),
             cpus: 2,
             memory_mib: 4096,
+            cpu_model: Some("Fake".into()),
+            architecture: "x86_64".into(),
+            numa_cells: Vec::new(),
         })
     }
 
@@ -133,5 +215,59 @@ impl Hypervisor for FakeHypervisor {
             reason: "the fake has none".into(),
         };
         if host.kvm { Ok(()) } else { Err(refused()) }
+    }
+
+    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+        let host = FakeHypervisor::host(self);
+        host.reach()?;
+        let runs = |domain: &&DomainSeen| !matches!(domain.power, Power::Off(_));
+        let usage = Usage { cpu_nanoseconds: 1_000_000_000, ..Usage::default() };
+        Ok(host.domains.values().filter(runs).map(|it| (it.uuid, usage.clone())).collect())
+    }
+
+    async fn xml(&self, _id: InstanceId) -> Result<String, HypervisorError> {
+        FakeHypervisor::host(self).reach()?;
+        Ok("<domain/>\n".into())
+    }
+
+    async fn screenshot(&self, id: InstanceId) -> Result<Screenshot, HypervisorError> {
+        self.running(id, "take a picture")?;
+        let bytes = b"P6\n1 1\n255\n\x01\x02\x03".to_vec();
+        Ok(Screenshot { mime: "image/x-portable-pixmap".into(), bytes })
+    }
+
+    /// Echoes what is typed.
+    async fn open_console(
+        &self,
+        id: InstanceId,
+        output: mpsc::Sender<Vec<u8>>,
+    ) -> Result<mpsc::Sender<Vec<u8>>, HypervisorError> {
+        self.running(id, "open the console")?;
+        let (sender, mut typed) = mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Some(bytes) = typed.recv().await {
+                if output.send(bytes).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(sender)
+    }
+
+    async fn copy_disk(
+        &self,
+        id: InstanceId,
+        _disk: &str,
+        target: &Path,
+    ) -> Result<(), HypervisorError> {
+        self.running(id, "copy the disk")?;
+        std::fs::write(target, "a copy").map_err(|error| HypervisorError::Refused {
+            action: "copy the disk".into(),
+            reason: error.to_string(),
+        })
+    }
+
+    async fn abort_copy(&self, _id: InstanceId) -> Result<(), HypervisorError> {
+        FakeHypervisor::host(self).reach()
     }
 }

@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use stackhand_model::{Connection, FileFormat, InstanceId};
+use stackhand_model::{CpuSpec, Firmware, InstanceId};
 use uuid::Uuid;
 use virt::domain::Domain;
 use virt::sys;
@@ -74,24 +74,30 @@ async fn boot(
     log: &Path,
 ) -> Result<(), HypervisorError> {
     let id = InstanceId(Uuid::new_v4());
-    let source = Connection::File { path: disk.to_owned(), format: FileFormat::Raw };
     let blueprint = Blueprint {
         id,
         engine,
         machine: "q35".into(),
         vcpus: 1,
+        cpu: CpuSpec::default(),
         memory_mib: 64,
+        firmware: Firmware::Bios,
         kernel: None,
         disks: vec![Disk {
             target: "vda".into(),
-            source: DiskSource::Volume(source),
-            boot: true,
+            source: DiskSource::File(disk.to_owned()),
+            boot: Some(1),
             serial: None,
+            read_only: false,
         }],
+        volumes: vec![],
         nics: vec![],
         console_log: log.to_owned(),
         vnc: false,
+        watchdog: None,
+        guest_agent: false,
         disk_cache: "writeback".into(),
+        spare_slots: 0,
     };
     let xml = blueprint.xml(0).map_err(|error| refused(&crate::chain(&error)))?;
     let begin = Instant::now();

@@ -1,25 +1,21 @@
 //! What one instance needs.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use stackhand_model::{Connection, ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState};
+use stackhand_model::{ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState, VolumeId};
 use stackhand_runtime::agent::Outcome;
 
-use super::{Fashion, Situation, Step, pending, progress};
+use super::blueprint::{Targets, blueprint, has_blank_root};
+use super::claims::Claims;
+use super::live::{Plug, keep_password};
+use super::{Situation, Step, Stop, pending, progress, ready};
 use crate::desired::{Wanted, Wish};
-use crate::domain::{Blueprint, Disk, DiskSource, KernelBoot, Nic, domain_name, tap_name};
+use crate::domain::{Devices, domain_name};
 use crate::hypervisor::{DomainChange, DomainSeen, OffReason, Power};
-use crate::store::{Base, Pinned, PowerOverride, Record};
+use crate::store::{Base, Part, Pinned, PowerOverride, Record};
 
 const GIB: u64 = 1 << 30;
-
-/// Why an instance cannot go on.
-enum Stop {
-    Waits(String),
-    Fails(String),
-}
 
 pub(super) fn plan(
     wanted: &Wanted,
@@ -27,7 +23,7 @@ pub(super) fn plan(
     id: InstanceId,
     wish: &Wish<InstanceSpec>,
     steps: &mut Vec<Step>,
-    awaited: &mut BTreeSet<String>,
+    claims: &mut Claims,
 ) -> Outcome {
     if situation.busy.contains(&id) {
         return pending("an action is under way");
@@ -39,7 +35,7 @@ pub(super) fn plan(
     let domain = domains.get(&id.0);
     let ours = domain.is_some_and(|domain| is_ours(domain, id));
     if wish.deleting {
-        return remove(situation, id, domain.filter(|_| ours), steps);
+        return remove(situation, id, &wish.spec, domain.filter(|_| ours), steps);
     }
     let in_the_way = domain.filter(|_| !ours).or_else(|| {
         let name = domain_name(id);
@@ -52,7 +48,7 @@ pub(super) fn plan(
             other.name, other.uuid
         ));
     }
-    match make(wanted, situation, id, wish, domain, steps, awaited) {
+    match make(wanted, situation, id, wish, domain, steps, claims) {
         Ok(outcome) => outcome,
         Err(Stop::Waits(reason)) => Outcome::Pending {
             reason,
@@ -73,14 +69,21 @@ pub(crate) fn is_ours(domain: &DomainSeen, id: InstanceId) -> bool {
 fn remove(
     situation: &Situation,
     id: InstanceId,
+    spec: &InstanceSpec,
     domain: Option<&DomainSeen>,
     steps: &mut Vec<Step>,
 ) -> Outcome {
     if let Some(domain) = domain {
-        if !matches!(domain.power, Power::Off(_)) {
+        if !domain.power.is_off() {
             steps.push(Step::Domain(DomainChange::Destroy));
         }
         steps.push(Step::Domain(DomainChange::Undefine));
+        for volume in &spec.volumes {
+            if keep_password(volume).is_some() {
+                let volume = volume.volume;
+                steps.push(Step::Domain(DomainChange::Release { volume }));
+            }
+        }
     }
     if situation.store.folders.contains_key(&id) {
         steps.push(Step::RemoveFiles(id));
@@ -95,29 +98,50 @@ fn make(
     wish: &Wish<InstanceSpec>,
     domain: Option<&DomainSeen>,
     steps: &mut Vec<Step>,
-    awaited: &mut BTreeSet<String>,
+    claims: &mut Claims,
 ) -> Result<Outcome, Stop> {
     let (spec, generation) = (&wish.spec, wish.document.generation);
     let fashion = situation.fashion.as_ref().map_err(|reason| Stop::Waits(reason.clone()))?;
     let folder = situation.store.folders.get(&id);
     let before = folder.and_then(|folder| folder.record.clone());
     let mut record = before.clone().unwrap_or_default();
-    let has_disk = folder.is_some_and(|folder| folder.disk);
+    let parts = folder.map(|folder| folder.parts.clone()).unwrap_or_default();
+    let mut power = domain.map_or(Power::Off(OffReason::Unknown), |domain| domain.power);
+    let saved = domain.is_some_and(|domain| domain.saved);
 
-    // What it is made from.
+    // What a crash left half done.
     if record.power.is_some_and(|power| power.generation != generation) {
         record.power = None;
     }
-    let disk_bytes = root_disk(wanted, situation, spec, has_disk, &mut record)?;
+    if record.snapshot {
+        steps.push(Step::EndSnapshot);
+        record.snapshot = false;
+    }
+
+    // What it is made from.
+    let rebuild = record.rebuild;
+    let has_root = parts.contains(&Part::Root) && !rebuild;
+    let root_bytes = root_disk(wanted, situation, spec, has_root, &mut record)?;
     let (kernel, ramdisk, command_line) = wanted.boot(spec);
     record.kernel = pin(wanted, situation, kernel, record.kernel.take())?;
     record.ramdisk = pin(wanted, situation, ramdisk, record.ramdisk.take())?;
+    record.cdrom = pin(wanted, situation, spec.cdrom, record.cdrom.take())?;
+    let nothing = Devices::default();
+    let devices = domain.map_or(&nothing, |domain| &domain.devices);
+    let gone: Vec<VolumeId> = record.targets.keys().copied().collect();
+    record.targets = Targets::new(spec, &record.targets, &devices.volumes).volumes;
+    let gone = gone.into_iter().filter(|volume| !record.targets.contains_key(volume));
+    let gone: Vec<VolumeId> = gone.collect();
+    record.sizes.retain(|volume, _| record.targets.contains_key(volume));
     let blueprint = blueprint(fashion, id, spec, &record, command_line)?;
-    let definition = blueprint.definition().map_err(|error| Stop::Fails(crate::chain(&error)))?;
-    let definition = definition.as_str();
+    let written = |error: crate::domain::Unwritable| Stop::Fails(crate::chain(&error));
+    let definition = blueprint.definition().map_err(written)?;
+    let core = blueprint.core().map_err(written)?;
+    if domain.is_none() && before.is_none() {
+        claims.take(situation, spec, root_bytes.unwrap_or(0))?;
+    }
 
     // Whether it runs.
-    let power = domain.map_or(Power::Off(OffReason::Unknown), |domain| domain.power);
     let asked = record.power.map_or(spec.power_state, |power| power.state);
     if power == Power::Off(OffReason::Shutdown)
         && asked == PowerState::Running
@@ -131,32 +155,83 @@ fn make(
         // What we ask for is not the guest's own doing.
         record.seen_running = None;
     }
+    if rebuild {
+        if !power.is_off() {
+            steps.push(Step::Domain(DomainChange::Destroy));
+            power = Power::Off(OffReason::Destroyed);
+        }
+        if saved {
+            steps.push(Step::Domain(DomainChange::Discard));
+        }
+        steps.push(Step::RemovePart(Part::Root));
+    }
+    let runs = domain.filter(|_| !power.is_off());
+    let tells = spec
+        .config_drive
+        .then(|| crate::config_drive::digest(id, wish.document.name.as_str(), spec));
+    // A CD that a running guest has open stays as it is.
+    let writes_drive = tells.is_some()
+        && (!parts.contains(&Part::ConfigDrive)
+            || (runs.is_none() && record.config_drive != tells)
+            || rebuild);
+    if writes_drive {
+        record.config_drive = tells;
+    }
+    let core_runs = runs.and_then(|domain| domain.running_mark.as_ref()).map(|mark| &mark.core);
+    let mut changes = Vec::new();
+    let mut waits = match runs {
+        Some(domain) if core_runs == Some(&core) => {
+            let plug = Plug { situation, id, spec, domain, blueprint: &blueprint };
+            plug.plan(&mut record, &mut changes, &mut claims.awaited)?
+        }
+        _ => Vec::new(),
+    };
 
     if before.as_ref() != Some(&record) {
         steps.push(Step::Prepare(Box::new(record.clone())));
     }
-    if let (Some(base), Some(bytes)) = (&record.base, disk_bytes) {
-        let (contents, format) = (base.pinned.contents.clone(), base.format);
-        steps.push(Step::MakeDisk { contents, format, bytes });
+    match (&record.base, root_bytes) {
+        (Some(base), Some(bytes)) if spec.image.is_some() => {
+            let (contents, format) = (base.pinned.contents.clone(), base.format);
+            steps.push(Step::MakeDisk { contents, format, bytes });
+        }
+        (_, Some(bytes)) => steps.push(Step::MakeBlank { part: Part::Root, bytes }),
+        _ => {}
+    }
+    let blanks = [(Part::Ephemeral, spec.ephemeral_gib << 30), (Part::Swap, spec.swap_mib << 20)];
+    for (part, bytes) in blanks {
+        if bytes > 0 && !parts.contains(&part) {
+            steps.push(Step::MakeBlank { part, bytes });
+        }
+    }
+    if writes_drive {
+        steps.push(Step::WriteConfigDrive);
     }
     let defined = domain.and_then(|domain| domain.mark.as_ref());
     if defined.is_none_or(|mark| mark.definition != definition) {
-        let xml = blueprint.xml(generation).map_err(|error| Stop::Fails(crate::chain(&error)))?;
+        let xml = blueprint.xml(generation).map_err(written)?;
         steps.push(Step::Domain(DomainChange::Define { xml }));
     }
-    let runs_other = domain
-        .and_then(|domain| domain.running_mark.as_ref())
-        .is_some_and(|mark| mark.definition != definition);
+    steps.extend(changes);
+    let released = |volume| Step::Domain(DomainChange::Release { volume });
+    steps.extend(gone.into_iter().map(released));
 
     let change = match (want, power) {
-        (PowerState::Running, Power::Running)
-        | (PowerState::Paused, Power::Paused)
-        | (PowerState::Shutoff, Power::Off(_)) => None,
+        (PowerState::Running, Power::Running) | (PowerState::Paused, Power::Paused) => None,
+        (PowerState::Shutoff, Power::Off(_)) => saved.then_some(DomainChange::Discard),
+        (PowerState::Suspended, Power::Off(_)) => None,
+        (PowerState::Suspended, Power::Running | Power::Paused) => Some(DomainChange::Save),
         (PowerState::Running | PowerState::Paused, Power::Off(reason)) => {
             if reason == OffReason::Crashed && !situation.crashed.contains(&id) {
                 return Err(Stop::Fails("the guest crashed; it will be started again".into()));
             }
-            ready_to_start(situation, spec, awaited)?;
+            ready::to_start(situation, spec, &mut claims.awaited)?;
+            steps.extend(spec.volumes.iter().filter_map(keep_password));
+            record.sizes = spec
+                .volumes
+                .iter()
+                .filter_map(|volume| Some((volume.volume, volume.size_gib?)))
+                .collect();
             Some(DomainChange::Start { paused: want == PowerState::Paused })
         }
         (PowerState::Running, Power::Paused) => Some(DomainChange::Resume),
@@ -172,25 +247,24 @@ fn make(
             Some(true) => Some(DomainChange::Destroy),
         },
     };
-    let runs = want == PowerState::Running;
+    let starts = matches!(change, Some(DomainChange::Start { .. }));
     steps.extend(change.map(Step::Domain));
-    if runs && record.seen_running != Some(generation) {
-        let record = Record { seen_running: Some(generation), ..record.clone() };
+    let mut after = Record { rebuild: false, ..record.clone() };
+    if want == PowerState::Running {
+        after.seen_running = Some(generation);
+    }
+    if after != record || starts && before.as_ref().is_none_or(|before| before.sizes != after.sizes)
+    {
         // One that is written for nothing else waits until it is true.
         if let Some(Step::Prepare(_)) = steps.last() {
             steps.pop();
         }
-        steps.push(Step::Prepare(Box::new(record)));
+        steps.push(Step::Prepare(Box::new(after)));
     }
 
-    let power_state = match want {
-        PowerState::Running => "running",
-        PowerState::Paused => "paused",
-        PowerState::Shutoff => "shutoff",
-    };
     let mut observed = match domain {
-        Some(domain) => facts(domain, Some(power_state)),
-        None => json!({"power_state": power_state, "domain": domain_name(id)}),
+        Some(domain) => facts(domain, Some(want.as_str())),
+        None => json!({"power_state": want.as_str(), "domain": domain_name(id)}),
     };
     if record.power.is_some_and(|power| power.by_guest) {
         observed["power_reason"] =
@@ -198,9 +272,11 @@ fn make(
     } else if record.power.is_some() {
         observed["power_reason"] = "by an action, until the document changes".into();
     }
-    if runs_other && power_state != "shutoff" {
-        let reason = "it runs as it was before the change: reboot it hard to apply it".to_owned();
-        return Ok(Outcome::Pending { reason, observed });
+    if runs.is_some() && core_runs != Some(&core) && want != PowerState::Shutoff {
+        waits.push("it runs as it was before the change: reboot it hard to apply it".to_owned());
+    }
+    if !waits.is_empty() {
+        return Ok(Outcome::Pending { reason: waits.join("; "), observed });
     }
     Ok(Outcome::Active { observed })
 }
@@ -218,6 +294,15 @@ fn facts(domain: &DomainSeen, power_state: Option<&str>) -> Value {
     if let Some(port) = domain.vnc_port {
         facts["vnc"] = format!("127.0.0.1:{port}").into();
     }
+    let devices = &domain.devices;
+    if !devices.volumes.is_empty() {
+        let targets = devices.volumes.iter().map(|(volume, it)| (volume.to_string(), &it.guest));
+        facts["volumes"] = json!(targets.collect::<BTreeMap<_, _>>());
+    }
+    if !devices.nics.is_empty() {
+        let macs = devices.nics.iter().map(|(tap, it)| (tap, &it.guest));
+        facts["taps"] = json!(macs.collect::<BTreeMap<_, _>>());
+    }
     facts
 }
 
@@ -229,7 +314,9 @@ fn root_disk(
     has_disk: bool,
     record: &mut Record,
 ) -> Result<Option<u64>, Stop> {
-    let Some(image) = spec.image else { return Ok(None) };
+    let Some(image) = spec.image else {
+        return Ok((has_blank_root(spec) && !has_disk).then_some(spec.root_disk_gib * GIB));
+    };
     if has_disk {
         return match &record.base {
             Some(_) => Ok(None),
@@ -296,136 +383,4 @@ fn resolve<'a>(
         },
         None => format!("waits for {name}: it is not in the cache"),
     }))
-}
-
-fn blueprint(
-    fashion: &Fashion,
-    id: InstanceId,
-    spec: &InstanceSpec,
-    record: &Record,
-    command_line: Option<String>,
-) -> Result<Blueprint, Stop> {
-    let folder = fashion.instances.join(id.to_string());
-    let contents = |pinned: &Pinned| fashion.images.join(&pinned.contents);
-    let mut targets: BTreeSet<String> =
-        spec.volumes.iter().filter_map(|volume| volume.device.clone()).collect();
-    let mut next_target = || {
-        let free = (0..).map(device_name).find(|name| !targets.contains(name)).unwrap_or_default();
-        targets.insert(free.clone());
-        free
-    };
-    let boots_from_volume = spec.volumes.iter().any(|volume| volume.boot);
-    let mut disks = Vec::new();
-    if let (Some(_), Some(base)) = (spec.image, &record.base) {
-        disks.push(Disk {
-            target: next_target(),
-            source: DiskSource::Overlay {
-                path: folder.join("disk"),
-                base: contents(&base.pinned),
-                base_format: base.format,
-            },
-            boot: !boots_from_volume,
-            serial: None,
-        });
-    }
-    // QEMU takes one boot order once; the first volume that asks for it gets it.
-    let mut bootable = true;
-    for volume in &spec.volumes {
-        if let Connection::Iscsi { .. } = volume.connection {
-            return Err(Stop::Fails("volumes over iSCSI are not supported yet".into()));
-        }
-        let boot = volume.boot && std::mem::take(&mut bootable);
-        disks.push(Disk {
-            target: volume.device.clone().unwrap_or_else(&mut next_target),
-            source: DiskSource::Volume(volume.connection.clone()),
-            boot,
-            serial: Some(volume.volume),
-        });
-    }
-    disks.sort_by_key(|disk| (disk.target.len(), disk.target.clone()));
-    Ok(Blueprint {
-        id,
-        engine: fashion.engine,
-        machine: fashion.machine.clone(),
-        vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
-        kernel: record.kernel.as_ref().map(|kernel| KernelBoot {
-            kernel: contents(kernel),
-            ramdisk: record.ramdisk.as_ref().map(contents),
-            command_line,
-        }),
-        disks,
-        nics: spec
-            .ports
-            .iter()
-            .map(|port| Nic { tap: tap_name(port.port), mac: port.mac, mtu: port.mtu })
-            .collect(),
-        console_log: folder.join("console.log"),
-        vnc: spec.vnc,
-        disk_cache: fashion.disk_cache.clone(),
-    })
-}
-
-/// `vda`, `vdb`, …, `vdz`, `vdaa`, …
-fn device_name(index: u32) -> String {
-    let mut letters = Vec::new();
-    let mut left = index + 1;
-    while left > 0 {
-        left -= 1;
-        letters.push(char::from(b'a' + u8::try_from(left % 26).unwrap_or(0)));
-        left /= 26;
-    }
-    letters.push('d');
-    letters.push('v');
-    letters.into_iter().rev().collect()
-}
-
-/// Taps and volumes must be there before QEMU opens them.
-fn ready_to_start(
-    situation: &Situation,
-    spec: &InstanceSpec,
-    awaited: &mut BTreeSet<String>,
-) -> Result<(), Stop> {
-    let missing: Vec<String> = spec
-        .ports
-        .iter()
-        .map(|port| tap_name(port.port))
-        .filter(|tap| !situation.links.contains(tap))
-        .collect();
-    if !missing.is_empty() {
-        let reason = format!("waits for tap {}, which the network agent makes", missing.join(", "));
-        awaited.extend(missing);
-        return Err(Stop::Waits(reason));
-    }
-    for volume in &spec.volumes {
-        if let Some(path) = local_path(&volume.connection)
-            && !situation.volumes.contains(path)
-        {
-            return Err(Stop::Waits(format!(
-                "waits for volume {}: there is no {}",
-                volume.volume,
-                path.display()
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// The path on this host by which a volume is reached, if it is reached by one.
-pub(crate) fn local_path(connection: &Connection) -> Option<&Path> {
-    match connection {
-        Connection::File { path, .. } | Connection::Block { path } => Some(path),
-        Connection::Iscsi { .. } => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_named_as_the_kernel_names_them() {
-        let names: Vec<_> = [0, 1, 25, 26, 27, 701, 702].map(device_name).into();
-        assert_eq!(names, ["vda", "vdb", "vdz", "vdaa", "vdab", "vdzz", "vdaaa"]);
-    }
 }

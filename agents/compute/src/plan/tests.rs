@@ -1,3 +1,5 @@
+mod live;
+
 use proptest::prelude::*;
 use serde_json::json;
 use stackhand_model::{Document, ImageFormat, PowerState};
@@ -25,6 +27,7 @@ impl World {
                 disk_cache: "none".into(),
                 images: "/images".into(),
                 instances: "/instances".into(),
+                hotplug_slots: 4,
             }),
             domains: Ok(BTreeMap::new()),
             cache: CacheSeen::default(),
@@ -34,6 +37,9 @@ impl World {
             volumes: BTreeSet::new(),
             stopping: BTreeMap::new(),
             crashed: BTreeSet::new(),
+            detaching: BTreeMap::new(),
+            keep_unused: (0, 0),
+            capacity: None,
             busy: BTreeSet::new(),
         };
         Self { wanted: Desired::default(), host: Host::default(), situation }
@@ -95,15 +101,21 @@ impl World {
                 self.situation.cache.contents.remove(&contents);
             }
             Step::Prepare(record) => {
-                let new = FolderSeen { record: None, disk: false };
+                let new = FolderSeen { record: None, parts: BTreeSet::new() };
                 self.situation.store.folders.entry(id).or_insert(new).record = Some(*record);
             }
             Step::MakeDisk { contents, .. } => {
                 assert!(self.situation.cache.contents.contains(&contents));
                 let folder = self.situation.store.folders.get_mut(&id).unwrap();
                 assert!(folder.record.is_some(), "a file before its record");
-                folder.disk = true;
+                folder.parts.insert(Part::Root);
             }
+            Step::MakeBlank { part, .. } => self.part(id, part),
+            Step::WriteConfigDrive => self.part(id, Part::ConfigDrive),
+            Step::RemovePart(part) => {
+                self.situation.store.folders.get_mut(&id).unwrap().parts.remove(&part);
+            }
+            Step::EndSnapshot => {}
             Step::Domain(change) => {
                 if matches!(change, DomainChange::Define { .. }) {
                     assert!(
@@ -124,6 +136,12 @@ impl World {
                 self.situation.store.deleted.remove(&id);
             }
         }
+    }
+
+    fn part(&mut self, id: InstanceId, part: Part) {
+        let folder = self.situation.store.folders.get_mut(&id).unwrap();
+        assert!(folder.record.is_some(), "a file before its record");
+        folder.parts.insert(part);
     }
 
     fn settle(&mut self) -> Plan {
@@ -304,6 +322,21 @@ fn contents_are_kept_as_long_as_an_instance_lies_over_them() {
 }
 
 #[test]
+fn contents_that_nobody_uses_are_kept_for_a_while_and_the_oldest_go_first() {
+    let mut world = World::new();
+    world.situation.keep_unused = (100, 25);
+    for (name, bytes, seconds) in [("old", 1, 100), ("a", 10, 10), ("b", 10, 20), ("c", 10, 30)] {
+        world.situation.cache.contents.insert(name.into());
+        world.situation.cache.ages.insert(name.into(), (bytes, seconds));
+    }
+    let plan = world.pass();
+    let doomed = ["c", "old"].map(|name| Step::RemoveContents(name.into()));
+    assert_eq!(plan.cleanup, doomed);
+    world.settle();
+    assert_eq!(world.situation.cache.contents.len(), 2);
+}
+
+#[test]
 fn a_foreign_domain_of_our_uuid_or_name_survives() {
     for same_uuid in [true, false] {
         let mut world = World::new();
@@ -315,6 +348,8 @@ fn a_foreign_domain_of_our_uuid_or_name_survives() {
             mark: None,
             running_mark: None,
             vnc_port: None,
+            devices: crate::domain::Devices::default(),
+            saved: false,
         };
         world.host.domains.insert(uuid, foreign.clone());
         world.want(image(9, ImageFormat::Qcow2), false);
@@ -413,7 +448,7 @@ proptest! {
             let good = match wish.spec.power_state {
                 PowerState::Running => power == Power::Running,
                 PowerState::Paused => power == Power::Paused,
-                PowerState::Shutoff => matches!(power, Power::Off(_)),
+                PowerState::Shutoff | PowerState::Suspended => power.is_off(),
             };
             prop_assert!(good, "{} is {:?}", id, power);
         }

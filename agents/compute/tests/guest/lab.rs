@@ -18,18 +18,18 @@ use uuid::Uuid;
 const KERNEL: u128 = 0xa1;
 const RAMDISK: u128 = 0xa2;
 const INSTANCE: u128 = 0x1234_5678_0000_0000_0000_0000_0000_0001;
-const NAME: &str = "instance-12345678";
+pub(crate) const NAME: &str = "instance-12345678";
 
 /// Folders, images and documents that every test starts from.
-struct Scene {
+pub(crate) struct Scene {
     // Before its folder, in which it finds the guests that a failed test has left.
-    libvirtd: Libvirtd,
-    root: TempDir,
-    images: Vec<Document>,
+    pub(crate) libvirtd: Libvirtd,
+    pub(crate) root: TempDir,
+    pub(crate) images: Vec<Document>,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         run("ip", ["link", "set", "lo", "up"]);
         let root = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(&root.path().join("libvirt"));
@@ -48,11 +48,11 @@ impl Scene {
         Self { libvirtd, root, images }
     }
 
-    fn driven(&self) -> Driven {
+    pub(crate) fn driven(&self) -> Driven {
         Driven::new(&self.root.path().join("state"), &self.libvirtd.uri())
     }
 
-    fn instance(generation: u64, fields: Value) -> Document {
+    pub(crate) fn instance(generation: u64, fields: Value) -> Document {
         let mut spec = json!({
             "host": "here", "vcpus": 1, "memory_mib": 192,
             "kernel": Uuid::from_u128(KERNEL), "ramdisk": Uuid::from_u128(RAMDISK),

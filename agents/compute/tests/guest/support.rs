@@ -1,7 +1,6 @@
-//! A private libvirtd, a tiny guest, and a loop that drives the agent as the runtime would.
+//! A loop that drives the agent as the runtime would.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,199 +13,9 @@ use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Held, Outcome, PassReport, Refusal, Work,
 };
 use stackhand_runtime::wake::Wake;
-use stackhand_testkit::{Spawned, wait_for, wait_for_sync};
+pub(crate) use stackhand_testkit::guest::{Libvirtd, UP, kernel, ramdisk, run};
+use stackhand_testkit::wait_for;
 use uuid::Uuid;
-
-/// Runs a program to its end and returns what it printed.
-pub(crate) fn run<'a>(program: &str, args: impl IntoIterator<Item = &'a str>) -> String {
-    #[expect(clippy::disallowed_methods, reason = "set-up of a test, ended by its own time limit")]
-    let output = std::process::Command::new(program)
-        .args(args)
-        .output()
-        .unwrap_or_else(|error| panic!("cannot run {program}, is it installed? {error}"));
-    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// libvirtd with folders of its own, in a mount namespace of its own. What it knows of QEMU is
-/// kept from one test to the next, because finding it out takes seconds.
-#[derive(Debug)]
-pub(crate) struct Libvirtd {
-    root: PathBuf,
-    daemon: Option<Spawned>,
-}
-
-impl Libvirtd {
-    pub(crate) fn start(root: &Path) -> Self {
-        for folder in ["run", "lib", "log", "etc", "sock"] {
-            fs::create_dir_all(root.join(folder)).unwrap();
-        }
-        let sock = root.join("sock");
-        fs::write(
-            root.join("libvirtd.conf"),
-            format!(
-                "unix_sock_dir = \"{}\"\nauth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n\
-                 unix_sock_rw_perms = \"0700\"\n\
-                 log_outputs = \"3:file:{}/libvirtd.log\"\n",
-                sock.display(),
-                root.display()
-            ),
-        )
-        .unwrap();
-        fs::write(
-            root.join("etc/qemu.conf"),
-            "user = \"root\"\ngroup = \"root\"\nsecurity_driver = \"none\"\nnamespaces = []\n\
-             cgroup_controllers = []\nstdio_handler = \"file\"\nremember_owner = 0\n",
-        )
-        .unwrap();
-        let mut libvirtd = Self { root: root.to_owned(), daemon: None };
-        libvirtd.restart();
-        libvirtd
-    }
-
-    pub(crate) fn restart(&mut self) {
-        self.daemon = None;
-        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache");
-        fs::create_dir_all(&cache).unwrap();
-        let (root, cache) = (self.root.display(), cache.display());
-        let socket = self.root.join("sock/libvirt-sock");
-        let _stale = fs::remove_file(&socket);
-        let script = format!(
-            "set -e\n\
-             mount --bind {root}/run /run\n\
-             mount --bind {root}/lib /var/lib/libvirt\n\
-             mount --bind {root}/log /var/log/libvirt\n\
-             mount --bind {cache} /var/cache/libvirt\n\
-             mount --bind {root}/etc /etc/libvirt\n\
-             exec /usr/sbin/libvirtd -f {root}/libvirtd.conf -p {root}/pid\n"
-        );
-        let args = ["--mount", "--propagation", "private", "sh", "-c", &script];
-        let mut daemon = Spawned::start("/usr/bin/unshare", args);
-        wait_for_sync(Duration::from_secs(20), "libvirtd to listen", || {
-            assert!(daemon.is_running(), "{daemon:?}");
-            socket.exists().then_some(())
-        });
-        self.daemon = Some(daemon);
-    }
-
-    /// Kills the daemon, not its guests.
-    pub(crate) fn kill(&mut self) {
-        self.daemon = None;
-    }
-
-    pub(crate) fn uri(&self) -> String {
-        format!("qemu:///system?socket={}/sock/libvirt-sock", self.root.display())
-    }
-
-    pub(crate) fn virsh<const N: usize>(&self, args: [&str; N]) -> String {
-        let uri = self.uri();
-        run("/usr/bin/virsh", ["-q", "-c", &uri].into_iter().chain(args))
-    }
-
-    /// Process id of a guest.
-    pub(crate) fn guest_pid(&self, domain: &str) -> String {
-        let path = self.root.join(format!("run/libvirt/qemu/{domain}.pid"));
-        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    }
-}
-
-impl Drop for Libvirtd {
-    /// Ends guests that a failed test has left, each by its own process id, and the daemon.
-    fn drop(&mut self) {
-        self.daemon = None;
-        for entry in
-            fs::read_dir(self.root.join("run/libvirt/qemu")).into_iter().flatten().flatten()
-        {
-            let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "pid")
-                && let Ok(text) = fs::read_to_string(&path)
-                && let Ok(pid) = text.trim().parse()
-                && fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-                    line.contains("qemu-system") && line.contains(&*self.root.to_string_lossy())
-                })
-            {
-                let _gone = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-        }
-    }
-}
-
-/// Debian's cloud kernel, fetched once.
-pub(crate) fn kernel() -> PathBuf {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/fetch-kernel");
-    PathBuf::from(run(script.to_str().unwrap(), ["cloud"]).trim())
-}
-
-/// What the guest says when it is up.
-pub(crate) const UP: &str = "the guest is up";
-
-/// A RAM disk whose init loads the virtio drivers, tells what it sees, and then waits; with
-/// `stackhand.off` on the kernel's command line it powers itself off.
-pub(crate) fn ramdisk(kernel: &Path) -> Vec<u8> {
-    let version = fs::read_to_string(kernel.join("version")).unwrap();
-    let drivers = kernel.join("lib/modules").join(version.trim()).join("kernel/drivers");
-    let modules = [
-        "virtio/virtio_ring.ko",
-        "virtio/virtio.ko",
-        "virtio/virtio_pci_legacy_dev.ko",
-        "virtio/virtio_pci_modern_dev.ko",
-        "virtio/virtio_pci.ko",
-        "block/virtio_blk.ko",
-    ];
-    let init = format!(
-        "#!/bin/busybox sh\n\
-         /bin/busybox --install -s /bin\n\
-         mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys\n\
-         for name in {}; do insmod /lib/$name; done\n\
-         for path in /sys/block/vd*; do\n\
-           echo \"disk ${{path##*/}} $(cat $path/size) $(cat $path/serial)\"\n\
-         done\n\
-         for path in /sys/bus/pci/devices/*; do\n\
-           case $(cat $path/vendor):$(cat $path/device) in 0x1af4:0x1041) echo network device;; esac\n\
-         done\n\
-         echo '{UP}'\n\
-         grep -q stackhand.off /proc/cmdline && poweroff -f\n\
-         while true; do sleep 1000; done\n",
-        modules.map(|path| path.rsplit('/').next().unwrap()).join(" ")
-    );
-    let busybox = fs::read("/usr/bin/busybox").or_else(|_| fs::read("/bin/busybox")).unwrap();
-    let mut files: Vec<(String, u32, Vec<u8>)> = ["bin", "dev", "lib", "proc", "sys"]
-        .map(|name| (name.to_owned(), 0o040_755, Vec::new()))
-        .into();
-    files.push(("bin/busybox".into(), 0o100_755, busybox));
-    files.push(("init".into(), 0o100_755, init.into_bytes()));
-    for path in modules {
-        let name = path.rsplit('/').next().unwrap();
-        files.push((format!("lib/{name}"), 0o100_644, fs::read(drivers.join(path)).unwrap()));
-    }
-    cpio(&files)
-}
-
-/// An archive in the format that kernels unpack ("newc").
-fn cpio(files: &[(String, u32, Vec<u8>)]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    let trailer = ("TRAILER!!!".to_owned(), 0, Vec::new());
-    for (index, (name, mode, data)) in files.iter().chain([&trailer]).enumerate() {
-        let (size, length) = (data.len(), name.len() + 1);
-        archive.extend_from_slice(
-            format!(
-                "070701{index:08x}{mode:08x}{0:08x}{0:08x}{1:08x}{0:08x}{size:08x}{0:08x}{0:08x}\
-                 {0:08x}{0:08x}{length:08x}{0:08x}",
-                0, 1
-            )
-            .as_bytes(),
-        );
-        archive.extend_from_slice(name.as_bytes());
-        archive.push(0);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend_from_slice(data);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    archive
-}
 
 pub(crate) fn document(kind: &str, id: u128, generation: u64, spec: &Value) -> Document {
     let (name, id) = (format!("{}{id}", kind.to_lowercase()), Uuid::from_u128(id));
@@ -238,6 +47,7 @@ impl Driven {
             libvirt_uri: uri.to_owned(),
             virt_type: VirtType::Qemu,
             shutdown_timeout_seconds: 2,
+            image_cache_hours: 0,
             ..ComputeSection::default()
         };
         let wake = Wake::new();

@@ -72,12 +72,23 @@ pub struct InstanceSpec {
     pub vcpus: u32,
     /// Memory in MiB, 16 to 16777216.
     pub memory_mib: u64,
-    /// Size of the root disk in GiB; 0 with `image` means the image's own size.
+    /// Size of the root disk in GiB; 0 with `image` means the image's own size, and without one no
+    /// root disk.
     #[serde(default)]
     pub root_disk_gib: u64,
+    /// Size of a second disk in GiB, empty and formatted as ext4; 0: none. It goes with the
+    /// instance.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ephemeral_gib: u64,
+    /// Size of a swap disk in MiB; 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub swap_mib: u64,
     /// Image of the root disk. Either this, a kernel, or a bootable volume is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
+    /// A CD in its drive, an image of format `iso`. It boots from that while its disks are empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdrom: Option<ImageId>,
     /// Kernel to boot directly, without a root disk or with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<ImageId>,
@@ -99,12 +110,141 @@ pub struct InstanceSpec {
     /// Whether the guest is told on a config drive too.
     #[serde(default)]
     pub config_drive: bool,
+    /// How the config drive is laid out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub config_drive_layout: ConfigDriveLayout,
     /// Whether it runs.
     #[serde(default)]
     pub power_state: PowerState,
     /// Whether it has a VNC console, on the host's loopback.
     #[serde(default = "yes")]
     pub vnc: bool,
+    /// Its processors.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub cpu: CpuSpec,
+    /// What boots it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub firmware: Firmware,
+    /// What happens when the guest stops feeding its watchdog. Absent: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogAction>,
+    /// Whether it has a channel for the QEMU guest agent.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub guest_agent: bool,
+}
+
+/// How a config drive is laid out; guests find it by its label.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ConfigDriveLayout {
+    /// OpenStack's and EC2's, label `config-2`.
+    #[default]
+    OpenStack,
+    /// cloud-init's own, label `cidata`.
+    NoCloud,
+}
+
+/// Processors of an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CpuSpec {
+    /// How they are chosen.
+    #[serde(default)]
+    pub mode: CpuMode,
+    /// The model, in libvirt's words, such as `Haswell-noTSX`; for mode `custom`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+}
+
+/// How an instance's processors are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CpuMode {
+    /// The host's model where KVM runs, else all that QEMU can do.
+    #[default]
+    Default,
+    /// The named model that is nearest to the host's; moves between like hosts.
+    HostModel,
+    /// The host's processor as it is.
+    HostPassthrough,
+    /// All that QEMU or KVM can do here.
+    Maximum,
+    /// The model that `model` names.
+    Custom,
+}
+
+/// What boots an instance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// The old way.
+    #[default]
+    Bios,
+    /// UEFI, without secure boot.
+    Uefi,
+}
+
+/// What happens to an instance whose watchdog is not fed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WatchdogAction {
+    /// It is reset.
+    Reset,
+    /// It is powered off.
+    Poweroff,
+    /// Its processors are stopped.
+    Pause,
+    /// Nothing but an event.
+    None,
+}
+
+impl CpuMode {
+    /// The name as written in JSON, which is libvirt's but for `default`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::HostModel => "host-model",
+            Self::HostPassthrough => "host-passthrough",
+            Self::Maximum => "maximum",
+            Self::Custom => "custom",
+        }
+    }
+}
+
+impl WatchdogAction {
+    /// The name as written in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Poweroff => "poweroff",
+            Self::Pause => "pause",
+            Self::None => "none",
+        }
+    }
+}
+
+impl PowerState {
+    /// The name as written in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Shutoff => "shutoff",
+            Self::Paused => "paused",
+            Self::Suspended => "suspended",
+        }
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Whether an instance runs.
@@ -118,6 +258,8 @@ pub enum PowerState {
     Shutoff,
     /// It is in memory but does not run.
     Paused,
+    /// Its memory is on disk; it goes on where it was when it runs again.
+    Suspended,
 }
 
 /// A port given to an instance.
@@ -137,6 +279,9 @@ pub struct InstancePort {
     /// The port's addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<GuestAddress>,
+    /// Queues of the guest's device, 1 to 256: more than one if the port's tap has as many.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queues: u16,
 }
 
 /// A volume given to an instance.
@@ -153,6 +298,22 @@ pub struct InstanceVolume {
     /// Whether the guest boots from it.
     #[serde(default)]
     pub boot: bool,
+    /// Size in GiB that the guest is to see, the volume's own. A running guest is told when it
+    /// grows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_gib: Option<u64>,
+    /// Whether the guest may not write to it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub read_only: bool,
+}
+
+fn one() -> u16 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_one(queues: &u16) -> bool {
+    *queues == 1
 }
 
 impl ImageSpec {
@@ -184,6 +345,27 @@ impl ImageSpec {
     }
 }
 
+impl CpuSpec {
+    fn check(&self) -> Result<(), Broken> {
+        match (&self.model, self.mode) {
+            (None, CpuMode::Custom) => broken("cpu.model", "is missing, and cpu.mode is custom"),
+            (Some(_), mode) if mode != CpuMode::Custom => {
+                broken("cpu.model", "is for cpu.mode custom alone")
+            }
+            (Some(model), _)
+                if model.is_empty()
+                    || model.len() > 64
+                    || !model
+                        .bytes()
+                        .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) =>
+            {
+                broken("cpu.model", "must be a model's name, such as Haswell-noTSX")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl InstanceSpec {
     pub(crate) fn check(&self) -> Result<(), Broken> {
         if self.host.is_empty() {
@@ -196,11 +378,25 @@ impl InstanceSpec {
             return broken("memory_mib", format!("{} is outside 16 to 16777216", self.memory_mib));
         }
         let boots_from_volume = self.volumes.iter().any(|volume| volume.boot);
-        if self.image.is_none() && self.kernel.is_none() && !boots_from_volume {
+        if self.image.is_none()
+            && self.kernel.is_none()
+            && self.cdrom.is_none()
+            && !boots_from_volume
+        {
             return broken(
                 "image",
-                "nothing to boot: give an image, a kernel or a volume with boot: true",
+                "nothing to boot: give an image, a kernel, a cdrom or a volume with boot: true",
             );
+        }
+        if self.ephemeral_gib > 65_536 {
+            return broken("ephemeral_gib", format!("{} is above 65536", self.ephemeral_gib));
+        }
+        if self.swap_mib > 1_048_576 {
+            return broken("swap_mib", format!("{} is above 1048576", self.swap_mib));
+        }
+        self.cpu.check()?;
+        if self.firmware == Firmware::Uefi && self.kernel.is_some() {
+            return broken("firmware", "uefi and a kernel exclude each other");
         }
         if self.ramdisk.is_some() && self.kernel.is_none() {
             return broken("ramdisk", "needs a kernel");
@@ -209,6 +405,10 @@ impl InstanceSpec {
         for (index, port) in self.ports.iter().enumerate() {
             if !ports.insert(port.port) {
                 return broken(format!("ports[{index}].port"), "is listed twice");
+            }
+            if !(1..=256).contains(&port.queues) {
+                let problem = format!("{} is outside 1 to 256", port.queues);
+                return broken(format!("ports[{index}].queues"), problem);
             }
         }
         let mut volumes = BTreeSet::new();

@@ -1,0 +1,196 @@
+//! `agentctl top`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+use stackhand_model::{AgentKind, Kind, ObjectRef};
+use uuid::Uuid;
+
+use super::Session;
+use crate::console::Output;
+use crate::exit::{Exit, chain};
+use crate::fleet::{Filter, Fleet, ask_all};
+use crate::objects;
+use crate::table::Cell;
+
+/// Show what hosts and instances use, again and again.
+///
+/// CPU is in percent of one processor, over the time since the last round.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  agentctl top
+  agentctl top --host node1 --every 5
+  agentctl top --once -o json")]
+pub(crate) struct Top {
+    #[command(flatten)]
+    filter: Filter,
+    /// Seconds between rounds
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    every: u64,
+    /// Show one round and end
+    #[arg(long)]
+    once: bool,
+}
+
+/// One line.
+#[derive(Debug, PartialEq, Serialize)]
+struct Line {
+    host: String,
+    instance: String,
+    cpu_percent: f64,
+    memory_mib: u64,
+    disk_bytes_per_second: u64,
+    network_bytes_per_second: u64,
+}
+
+/// What was counted of each instance, and when.
+type Counts = BTreeMap<(String, Uuid), Value>;
+
+pub(crate) async fn run(args: &Top, session: &mut Session) -> Result<Exit> {
+    let filter = Filter { agent: Some(AgentKind::Compute), ..args.filter.clone() };
+    let fleet = session.fleet().await?;
+    let kinds = |_: &_| Some(Some(Kind::Instance));
+    let held = objects::gather(&fleet, &filter, kinds).await?;
+    let names = objects::names(&objects::rows(&held.held));
+    let mut before = count(&fleet, &filter, session).await?;
+    let mut since = Instant::now();
+    loop {
+        tokio::time::sleep(Duration::from_secs(args.every)).await;
+        let now = count(&fleet, &filter, session).await?;
+        let lines = lines(&before, &now, since.elapsed(), &names);
+        since = Instant::now();
+        before = now;
+        let for_people = matches!(session.console.output(), Output::Table | Output::Wide);
+        if !args.once && for_people && session.console.is_live() {
+            // From the top left corner of an empty screen.
+            session.console.text("\u{1b}[H\u{1b}[2J")?;
+        }
+        session.console.print(&lines, |table| {
+            table.headers(&["HOST", "INSTANCE", "CPU%", "MIB", "DISK/S", "NET/S"]);
+            for line in &lines {
+                table.row([
+                    Cell::from(line.host.as_str()),
+                    line.instance.as_str().into(),
+                    format!("{:.1}", line.cpu_percent).into(),
+                    line.memory_mib.to_string().into(),
+                    short(line.disk_bytes_per_second).into(),
+                    short(line.network_bytes_per_second).into(),
+                ]);
+            }
+        })?;
+        if args.once {
+            fleet.close().await;
+            return Ok(Exit::Well);
+        }
+    }
+}
+
+/// Asks every compute agent what its instances have used.
+async fn count(fleet: &Fleet, filter: &Filter, session: &mut Session) -> Result<Counts> {
+    let (living, _) = fleet.living(filter).await?;
+    let mut counts = Counts::new();
+    for (member, answer) in ask_all(&living, |it| async move { it.client.facts().await }).await {
+        match answer {
+            Ok(facts) => {
+                let usage = facts["usage"].as_object().into_iter().flatten();
+                counts.extend(usage.filter_map(|(id, usage)| {
+                    Some(((member.row.host.clone(), id.parse().ok()?), usage.clone()))
+                }));
+            }
+            Err(error) => {
+                let line = format!("agentctl: {}: {}", member.label(), chain(&error.into()));
+                session.console.note(&line);
+            }
+        }
+    }
+    Ok(counts)
+}
+
+/// What was used between two counts, the busiest first.
+fn lines(
+    before: &Counts,
+    now: &Counts,
+    between: Duration,
+    names: &BTreeMap<ObjectRef, String>,
+) -> Vec<Line> {
+    let seconds = between.as_secs_f64().max(0.001);
+    let mut lines: Vec<Line> = now
+        .iter()
+        .map(|((host, id), usage)| {
+            let earlier = before.get(&(host.clone(), *id)).unwrap_or(usage);
+            // One that was started anew counts from zero.
+            let grown = |keys: &[&str]| {
+                let sum = |of: &Value| -> u64 {
+                    keys.iter().filter_map(|key| of[key].as_u64()).fold(0, u64::saturating_add)
+                };
+                sum(usage).saturating_sub(sum(earlier))
+            };
+            let rate = |keys: &[&str]| (as_f64(grown(keys)) / seconds).round();
+            let object = ObjectRef { kind: Kind::Instance, id: *id };
+            Line {
+                host: host.clone(),
+                instance: names.get(&object).cloned().unwrap_or_else(|| id.to_string()),
+                cpu_percent: as_f64(grown(&["cpu_nanoseconds"])) / 1e7 / seconds,
+                memory_mib: usage["memory_resident_kib"].as_u64().unwrap_or(0) / 1024,
+                disk_bytes_per_second: as_u64(rate(&["disk_read_bytes", "disk_write_bytes"])),
+                network_bytes_per_second: as_u64(rate(&[
+                    "network_receive_bytes",
+                    "network_transmit_bytes",
+                ])),
+            }
+        })
+        .collect();
+    lines.sort_by(|a, b| {
+        b.cpu_percent.total_cmp(&a.cpu_percent).then_with(|| a.instance.cmp(&b.instance))
+    });
+    lines
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown to people")]
+fn as_f64(number: u64) -> f64 {
+    number as f64
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive")]
+fn as_u64(number: f64) -> u64 {
+    number as u64
+}
+
+/// A number of bytes in few characters.
+fn short(bytes: u64) -> String {
+    let mut amount = as_f64(bytes);
+    for unit in ["", "K", "M", "G"] {
+        if amount < 1024.0 {
+            return if unit.is_empty() { bytes.to_string() } else { format!("{amount:.1}{unit}") };
+        }
+        amount /= 1024.0;
+    }
+    format!("{amount:.1}T")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rates_are_what_grew_and_a_restart_is_no_rate() {
+        let key = |id: u128| ("node1".to_owned(), Uuid::from_u128(id));
+        let usage = |cpu: u64, disk: u64| json!({"cpu_nanoseconds": cpu, "disk_read_bytes": disk, "memory_resident_kib": 2048});
+        let before: Counts = [(key(1), usage(0, 0)), (key(2), usage(9_000_000_000, 5))].into();
+        let now: Counts =
+            [(key(1), usage(1_000_000_000, 4096)), (key(2), usage(1, 0)), (key(3), usage(7, 7))]
+                .into();
+        let lines = lines(&before, &now, Duration::from_secs(2), &BTreeMap::new());
+        assert_eq!(lines.len(), 3);
+        assert!((lines[0].cpu_percent - 50.0).abs() < 0.1, "{lines:?}");
+        assert_eq!((lines[0].disk_bytes_per_second, lines[0].memory_mib), (2048, 2));
+        assert!(lines[1..].iter().all(|line| line.cpu_percent == 0.0), "{lines:?}");
+        assert_eq!([0, 1023, 1536, 5 << 30].map(short), ["0", "1023", "1.5K", "5.0G"]);
+    }
+}

@@ -1,0 +1,172 @@
+//! Calls for which the bindings have no safe wrapper, or none that is sound.
+#![expect(unsafe_code, reason = "calls of a C library")]
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_int};
+
+use stackhand_model::InstanceId;
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::Error;
+use virt::stream::Stream;
+use virt::sys;
+
+use crate::domain::domain_name;
+
+/// What moving bytes over a stream that does not block came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moved {
+    /// So many bytes; none from the other end: it is closed.
+    Bytes(usize),
+    /// Nothing can be moved now.
+    Later,
+}
+
+/// Asks a running domain to let go of a device.
+pub(super) fn detach(domain: &Domain, alias: &str) -> Result<(), Error> {
+    let alias = CString::new(alias).unwrap_or_default();
+    // SAFETY: the domain is live and the alias a C string; both are only borrowed.
+    let result = unsafe {
+        sys::virDomainDetachDeviceAlias(
+            domain.as_ptr(),
+            alias.as_ptr(),
+            sys::VIR_DOMAIN_AFFECT_LIVE,
+        )
+    };
+    checked(result)
+}
+
+/// Begins to copy disks as they are now, into files that are there.
+pub(super) fn begin_backup(domain: &Domain, xml: &str) -> Result<(), Error> {
+    let xml = CString::new(xml).unwrap_or_default();
+    // SAFETY: the domain is live and the XML a C string; without a checkpoint there is no second.
+    let result = unsafe {
+        sys::virDomainBackupBegin(
+            domain.as_ptr(),
+            xml.as_ptr(),
+            std::ptr::null(),
+            sys::VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL,
+        )
+    };
+    checked(result)
+}
+
+/// Ends the job of a domain.
+pub(super) fn abort_job(domain: &Domain) -> Result<(), Error> {
+    // SAFETY: the domain is live.
+    checked(unsafe { sys::virDomainAbortJob(domain.as_ptr()) })
+}
+
+/// Kind of a domain's job: the one under way, or the last one that ended.
+pub(super) fn job(domain: &Domain, ended: bool) -> Result<sys::virDomainJobType, Error> {
+    let flags = if ended { sys::VIR_DOMAIN_JOB_STATS_COMPLETED } else { 0 };
+    let (mut kind, mut count): (c_int, c_int) = (0, 0);
+    let mut params: sys::virTypedParameterPtr = std::ptr::null_mut();
+    // SAFETY: the domain is live; libvirt allocates the parameters and tells how many there are.
+    let result = unsafe {
+        sys::virDomainGetJobStats(
+            domain.as_ptr(),
+            &raw mut kind,
+            &raw mut params,
+            &raw mut count,
+            flags,
+        )
+    };
+    checked(result)?;
+    // SAFETY: they are the parameters that libvirt has just allocated, or null and none.
+    unsafe { sys::virTypedParamsFree(params, count) };
+    Ok(u32::try_from(kind).unwrap_or_default())
+}
+
+/// Numbers of all running domains of ours, by their names. Whose a domain is, its name says: it is
+/// the one that we give to its UUID.
+pub(super) fn stats(connect: &Connect) -> Result<BTreeMap<Uuid, BTreeMap<String, u64>>, Error> {
+    let kinds = sys::VIR_DOMAIN_STATS_CPU_TOTAL
+        | sys::VIR_DOMAIN_STATS_BALLOON
+        | sys::VIR_DOMAIN_STATS_INTERFACE
+        | sys::VIR_DOMAIN_STATS_BLOCK;
+    // A domain that is busy tells what it can without waiting.
+    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
+        | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+    let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
+    // SAFETY: the connection is open; libvirt allocates the list, which ends with a null.
+    let count =
+        unsafe { sys::virConnectGetAllDomainStats(connect.as_ptr(), kinds, &raw mut list, flags) };
+    checked(count)?;
+    let mut all = BTreeMap::new();
+    for index in 0..usize::try_from(count).unwrap_or(0) {
+        // SAFETY: the list has `count` records, which live until the list is freed below.
+        let record = unsafe { &**list.add(index) };
+        let mut uuid = [0_u8; 16];
+        // SAFETY: the record holds a domain; a UUID has 16 bytes.
+        if unsafe { sys::virDomainGetUUID(record.dom, uuid.as_mut_ptr()) } != 0 {
+            continue;
+        }
+        let uuid = Uuid::from_bytes(uuid);
+        // SAFETY: the record holds a domain, which keeps its name as long as it lives.
+        let name = unsafe {
+            let name = sys::virDomainGetName(record.dom);
+            if name.is_null() { continue } else { CStr::from_ptr(name) }
+        };
+        if name.to_bytes() != domain_name(InstanceId(uuid)).as_bytes() {
+            continue;
+        }
+        let count = usize::try_from(record.nparams).unwrap_or(0);
+        let params: &[sys::virTypedParameter] = if record.params.is_null() {
+            &[]
+        } else {
+            // SAFETY: the record has so many parameters, which live until the list is freed.
+            unsafe { std::slice::from_raw_parts(record.params, count) }
+        };
+        let numbers = params.iter().filter_map(number).collect();
+        all.insert(uuid, numbers);
+    }
+    // SAFETY: it is the list that libvirt has just allocated, and nobody looks at it any more.
+    unsafe { sys::virDomainStatsRecordListFree(list) };
+    Ok(all)
+}
+
+/// A parameter's name and value, if it is a number.
+fn number(param: &sys::virTypedParameter) -> Option<(String, u64)> {
+    // SAFETY: the name is an array of bytes, which are looked at whatever they are.
+    let name: &[u8; 80] = unsafe { &*(&raw const param.field).cast() };
+    let name = CStr::from_bytes_until_nul(name).ok()?.to_str().ok()?.to_owned();
+    // SAFETY: the type tells which member of the union was written.
+    let value = unsafe {
+        match u32::try_from(param.type_).ok()? {
+            sys::VIR_TYPED_PARAM_UINT => u64::from(param.value.ui),
+            sys::VIR_TYPED_PARAM_INT => u64::try_from(param.value.i).ok()?,
+            sys::VIR_TYPED_PARAM_ULLONG => param.value.ul,
+            sys::VIR_TYPED_PARAM_LLONG => u64::try_from(param.value.l).ok()?,
+            _ => return None,
+        }
+    };
+    Some((name, value))
+}
+
+/// Takes what a stream has, without waiting.
+pub(super) fn receive(stream: &Stream, buffer: &mut [u8]) -> Result<Moved, Error> {
+    // SAFETY: the stream is live and the buffer has the length that is told.
+    let result =
+        unsafe { sys::virStreamRecv(stream.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    moved(result)
+}
+
+/// Gives a stream what it takes, without waiting.
+pub(super) fn send(stream: &Stream, bytes: &[u8]) -> Result<Moved, Error> {
+    // SAFETY: the stream is live; libvirt only reads the bytes, whose number is told.
+    let result = unsafe { sys::virStreamSend(stream.as_ptr(), bytes.as_ptr().cast(), bytes.len()) };
+    moved(result)
+}
+
+fn moved(result: c_int) -> Result<Moved, Error> {
+    match result {
+        -2 => Ok(Moved::Later),
+        bytes => usize::try_from(bytes).map(Moved::Bytes).map_err(|_| Error::last_error()),
+    }
+}
+
+fn checked(result: c_int) -> Result<(), Error> {
+    if result < 0 { Err(Error::last_error()) } else { Ok(()) }
+}
