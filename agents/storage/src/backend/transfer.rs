@@ -123,7 +123,7 @@ impl Copy<'_> {
 
     /// Copies a span piece by piece; those that are all zeroes are holes.
     fn search(&self, span: Range<u64>) -> Result<(), BackendError> {
-        let mut buffer = vec![0; PIECE];
+        let (mut buffer, zeroes) = (vec![0; PIECE], vec![0; PIECE]);
         let mut position = span.start;
         while position < span.end {
             self.go_on(position)?;
@@ -131,7 +131,7 @@ impl Copy<'_> {
             let piece = &mut buffer[..length];
             self.source.read_exact_at(piece, position).map_err(failed("read", self.source_path))?;
             let next = position + u64::try_from(length).unwrap_or(0);
-            if piece.iter().all(|&byte| byte == 0) {
+            if *piece == zeroes[..length] {
                 self.hole(position..next)?;
             } else {
                 self.target
