@@ -8,6 +8,7 @@
 
 mod attribute;
 mod conntrack;
+mod listing;
 mod nft;
 
 use std::future::poll_fn;
@@ -23,7 +24,8 @@ use crate::netlink::WriteCount;
 use crate::{KernelError, Netns};
 
 pub use conntrack::{Flow, FlowSide};
-pub use nft::{Element, Family, NftChange, Structure, Table};
+pub use listing::{ListedBase, ListedChain, Listing};
+pub use nft::{Data, Element, Family, Judgement, NftChange, Structure, Table};
 
 /// The netlink family of netfilter.
 const NETLINK_NETFILTER: isize = 12;
@@ -49,6 +51,7 @@ const NLM_F_DUMP: u16 = 0x300;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const SUBSYSTEM_NFTABLES: u16 = 10;
+const NEW_GENERATION: u16 = SUBSYSTEM_NFTABLES << 8 | 15;
 
 /// Netfilter of one namespace. Clones share the socket, which closes with the last of them.
 #[derive(Clone)]
@@ -246,6 +249,30 @@ impl NftMonitor {
             Ok(Self(socket))
         };
         open().map_err(|source| refused("listen", "nftables", source))
+    }
+
+    /// Returns when something of a table called `name`, of whatever family, changed; `None` once
+    /// the socket fails.
+    pub async fn next_of(&mut self, name: &str) -> Option<()> {
+        let mut piece = Vec::with_capacity(PIECE);
+        loop {
+            piece.clear();
+            match poll_fn(|context| self.0.poll_recv(context, &mut piece)).await {
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => return Some(()),
+                Err(_) => return None,
+                Ok(_) => {}
+            }
+            let mut rest = piece.as_slice();
+            while let Some(message) = Header::take(&mut rest) {
+                // The kernel tells the end of a transaction, too, which names no table.
+                if message.kind != NEW_GENERATION
+                    && let Some((_, attributes)) = message.body.split_at_checked(4)
+                    && attribute::text(attributes, nft::TABLE).is_some_and(|table| table == name)
+                {
+                    return Some(());
+                }
+            }
+        }
     }
 
     /// Returns when something changed; `None` once the socket fails. What was changed is not

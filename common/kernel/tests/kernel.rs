@@ -28,7 +28,12 @@ fn new(name: &str, kind: NewKind, change: LinkChange) -> NewLink {
 }
 
 fn bridge() -> NewKind {
-    NewKind::Bridge(Bridge { stp: false, forward_delay: 0, multicast_snooping: false })
+    NewKind::Bridge(Bridge {
+        stp: false,
+        forward_delay: 0,
+        multicast_snooping: false,
+        netfilter: false,
+    })
 }
 
 fn tap() -> Tap {
@@ -55,7 +60,12 @@ fn a_bridge_and_a_tap_come_out_as_asked_for_and_every_write_is_counted() {
         assert_eq!(made.alias.as_deref(), Some("mark"));
         assert_eq!(
             made.kind,
-            LinkKind::Bridge(Bridge { stp: false, forward_delay: 0, multicast_snooping: false })
+            LinkKind::Bridge(Bridge {
+                stp: false,
+                forward_delay: 0,
+                multicast_snooping: false,
+                netfilter: false
+            })
         );
         assert_eq!(links.writes().get(), 2);
 
@@ -71,7 +81,8 @@ fn a_bridge_and_a_tap_come_out_as_asked_for_and_every_write_is_counted() {
         let isolated = BridgePort { isolated: true, neighbour_suppression: true, hairpin: false };
         links.change_port(port.index, "tap0", isolated).await.unwrap();
         assert_eq!(get(&links, "tap0").await.port, Some(isolated));
-        let snooping = Bridge { stp: false, forward_delay: 200, multicast_snooping: true };
+        let snooping =
+            Bridge { stp: false, forward_delay: 200, multicast_snooping: true, netfilter: true };
         links.change_bridge(made.index, "br0", snooping).await.unwrap();
         assert_eq!(get(&links, "br0").await.kind, LinkKind::Bridge(snooping));
 

@@ -65,6 +65,11 @@ pub(super) fn find(attributes: &[u8], kind: u16) -> Option<&[u8]> {
     read(attributes).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 
+/// The value of an attribute of 32 bits.
+pub(super) fn number(attributes: &[u8], kind: u16) -> Option<u32> {
+    find(attributes, kind)?.first_chunk().map(|bytes| u32::from_be_bytes(*bytes))
+}
+
 /// The value of an attribute as text, without the final zero.
 pub(super) fn text(attributes: &[u8], kind: u16) -> Option<&str> {
     let value = find(attributes, kind)?;

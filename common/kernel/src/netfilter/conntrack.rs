@@ -38,6 +38,8 @@ pub struct FlowSide {
     pub source_port: u16,
     /// The receiver's port; 0 where the protocol has none.
     pub destination_port: u16,
+    /// Type and code of ICMP.
+    pub icmp: Option<(u8, u8)>,
 }
 
 /// A flow. Where addresses are translated, `reply` is not the reverse of `original`.
@@ -119,11 +121,17 @@ fn side(tuple: &[u8]) -> Option<FlowSide> {
         let value = attribute::find(protocol, kind).and_then(|value| value.first_chunk());
         value.map_or(0, |bytes| u16::from_be_bytes(*bytes))
     };
+    // Kinds 5 and 6 are type and code of ICMP, 8 and 9 those of ICMPv6.
+    let byte = |v4, v6| {
+        let value = attribute::find(protocol, v4).or_else(|| attribute::find(protocol, v6));
+        value.and_then(|value| value.first().copied())
+    };
     Some(FlowSide {
         source: address(1, 3)?,
         destination: address(2, 4)?,
         protocol: *attribute::find(protocol, PROTOCOL_NUMBER)?.first()?,
         source_port: port(SOURCE_PORT),
         destination_port: port(DESTINATION_PORT),
+        icmp: byte(5, 8).zip(byte(6, 9)),
     })
 }

@@ -18,27 +18,36 @@ const NLM_F_APPEND: u16 = 0x800;
 const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
-const GET_CHAIN: u16 = 4;
+pub(super) const GET_CHAIN: u16 = 4;
 const NEW_RULE: u16 = 6;
-const GET_RULE: u16 = 7;
+pub(super) const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
-const GET_SET: u16 = 10;
+pub(super) const GET_SET: u16 = 10;
 const NEW_ELEMENT: u16 = 12;
 const GET_ELEMENT: u16 = 13;
 const DELETE_ELEMENT: u16 = 14;
 
 /// The first attribute of every message: the table's name.
-const TABLE: u16 = 1;
-const SET_NAME: u16 = 2;
+pub(super) const TABLE: u16 = 1;
+pub(super) const SET_NAME: u16 = 2;
 const SET_ID: u16 = 10;
-const RULE_CHAIN: u16 = 2;
-const CHAIN_NAME: u16 = 3;
+pub(super) const RULE_CHAIN: u16 = 2;
+pub(super) const CHAIN_NAME: u16 = 3;
 const ELEMENTS_SET: u16 = 2;
 const ELEMENTS: u16 = 3;
 const LIST_ITEM: u16 = 1;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
+const ELEMENT_FLAGS: u16 = 3;
+const ELEMENT_END: u16 = 10;
 const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
+const VERDICT_CODE: u16 = 1;
+const VERDICT_CHAIN: u16 = 2;
+/// The flag of an element that is the first key behind a range.
+const CLOSES: u32 = 1;
+/// The kernel's number of the verdict that jumps.
+const JUMP: i32 = -3;
 
 /// What makes a set: name, flags, types and lengths, policy, description, timeouts, and what `nft`
 /// keeps for printing. Not its number or how many elements it has.
@@ -74,23 +83,67 @@ pub struct Table {
 /// concatenation padded to four bytes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Element {
-    /// The key.
+    /// The key; the first one of a range.
     pub key: Vec<u8>,
+    /// The last key of a range, for sets of concatenations.
+    pub end: Option<Vec<u8>>,
+    /// The first key behind a range, for sets of plain ranges.
+    pub closes: bool,
     /// What a map leads it to.
-    pub data: Option<Vec<u8>>,
+    pub data: Option<Data>,
+}
+
+/// What a map leads to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Data {
+    /// A value, in the bytes that rules use.
+    Value(Vec<u8>),
+    /// A verdict, in verdict maps.
+    Verdict(Judgement),
+}
+
+/// A verdict.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Judgement {
+    /// The packet passes this hook.
+    Accept,
+    /// The packet is dropped.
+    Drop,
+    /// The chain judges; what it does not judge goes on.
+    Jump(String),
+    /// Any other, by the kernel's number.
+    Other(i32),
 }
 
 impl Element {
     /// An element of a set.
     #[must_use]
     pub fn new(key: impl Into<Vec<u8>>) -> Self {
-        Self { key: key.into(), data: None }
+        Self { key: key.into(), end: None, closes: false, data: None }
     }
 
     /// An element of a map.
     #[must_use]
     pub fn pair(key: impl Into<Vec<u8>>, data: impl Into<Vec<u8>>) -> Self {
-        Self { key: key.into(), data: Some(data.into()) }
+        Self { data: Some(Data::Value(data.into())), ..Self::new(key) }
+    }
+
+    /// An element of a verdict map.
+    #[must_use]
+    pub fn verdict(key: impl Into<Vec<u8>>, judgement: Judgement) -> Self {
+        Self { data: Some(Data::Verdict(judgement)), ..Self::new(key) }
+    }
+}
+
+impl Judgement {
+    /// As the kernel numbers them.
+    fn code(&self) -> i32 {
+        match self {
+            Self::Drop => 0,
+            Self::Accept => 1,
+            Self::Jump(_) => JUMP,
+            Self::Other(code) => *code,
+        }
     }
 }
 
@@ -192,7 +245,7 @@ impl Netfilter {
             .map_err(|source| refused("change", format!("table {}", table.name), source))
     }
 
-    async fn list<T>(
+    pub(super) async fn list<T>(
         &self,
         table: &Table,
         kind: u16,
@@ -208,14 +261,34 @@ impl Netfilter {
     }
 }
 
-fn message(kind: u16) -> u16 {
+pub(super) fn message(kind: u16) -> u16 {
     SUBSYSTEM_NFTABLES << 8 | kind
 }
 
 fn parse(item: &[u8]) -> Option<Element> {
     let value = |kind| attribute::find(attribute::find(item, kind)?, DATA_VALUE);
-    let key = value(ELEMENT_KEY)?.to_vec();
-    Some(Element { key, data: value(ELEMENT_DATA).map(<[u8]>::to_vec) })
+    let flags = attribute::number(item, ELEMENT_FLAGS).unwrap_or(0);
+    Some(Element {
+        // A set that holds everything has an element without a key: none of what is written here.
+        key: value(ELEMENT_KEY)?.to_vec(),
+        end: value(ELEMENT_END).map(<[u8]>::to_vec),
+        closes: flags & CLOSES != 0,
+        data: attribute::find(item, ELEMENT_DATA).and_then(parse_data),
+    })
+}
+
+fn parse_data(data: &[u8]) -> Option<Data> {
+    if let Some(value) = attribute::find(data, DATA_VALUE) {
+        return Some(Data::Value(value.to_vec()));
+    }
+    let verdict = attribute::find(data, DATA_VERDICT)?;
+    let code = attribute::number(verdict, VERDICT_CODE)?.cast_signed();
+    Some(Data::Verdict(match (code, attribute::text(verdict, VERDICT_CHAIN)) {
+        (0, _) => Judgement::Drop,
+        (1, _) => Judgement::Accept,
+        (JUMP, Some(chain)) => Judgement::Jump(chain.to_owned()),
+        (other, _) => Judgement::Other(other),
+    }))
 }
 
 fn describe(table: &Table, change: &NftChange, requests: &mut Vec<Request>) {
@@ -259,9 +332,24 @@ fn describe(table: &Table, change: &NftChange, requests: &mut Vec<Request>) {
 fn elements_of(named: Attributes, set: &str, elements: &[Element], with_data: bool) -> Attributes {
     let value = |bytes: &[u8]| Attributes::default().bytes(DATA_VALUE, bytes);
     let list = elements.iter().fold(Attributes::default(), |list, element| {
-        let item = Attributes::default().nested(ELEMENT_KEY, &value(&element.key));
-        let item = match &element.data {
-            Some(data) if with_data => item.nested(ELEMENT_DATA, &value(data)),
+        let mut item = Attributes::default().nested(ELEMENT_KEY, &value(&element.key));
+        if let Some(end) = &element.end {
+            item = item.nested(ELEMENT_END, &value(end));
+        }
+        if element.closes {
+            item = item.number(ELEMENT_FLAGS, CLOSES);
+        }
+        item = match &element.data {
+            Some(Data::Value(data)) if with_data => item.nested(ELEMENT_DATA, &value(data)),
+            Some(Data::Verdict(judgement)) if with_data => {
+                let code = judgement.code().cast_unsigned();
+                let mut verdict = Attributes::default().number(VERDICT_CODE, code);
+                if let Judgement::Jump(chain) = judgement {
+                    verdict = verdict.text(VERDICT_CHAIN, chain);
+                }
+                let data = Attributes::default().nested(DATA_VERDICT, &verdict);
+                item.nested(ELEMENT_DATA, &data)
+            }
             _ => item,
         };
         list.nested(LIST_ITEM, &item)

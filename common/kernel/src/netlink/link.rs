@@ -83,6 +83,9 @@ pub struct Bridge {
     pub forward_delay: u32,
     /// Whether multicast goes only to ports that asked for it.
     pub multicast_snooping: bool,
+    /// Whether `br_netfilter` shows its packets to the IP layer's hooks, whatever the host's
+    /// sysctls say.
+    pub netfilter: bool,
 }
 
 /// Settings of a VXLAN link.
@@ -503,6 +506,8 @@ fn bridge_data(bridge: Bridge) -> Vec<InfoBridge> {
         InfoBridge::ForwardDelay(bridge.forward_delay),
         InfoBridge::StpState(stp),
         InfoBridge::MulticastSnooping(bridge.multicast_snooping),
+        InfoBridge::NfCallIpTables(bridge.netfilter),
+        InfoBridge::NfCallIp6Tables(bridge.netfilter),
     ]
 }
 
@@ -598,12 +603,16 @@ fn parse_info(link: &mut Link, info: &[LinkInfo]) {
 }
 
 fn parse_bridge(settings: &[InfoBridge]) -> Bridge {
-    let mut bridge = Bridge { stp: false, forward_delay: 0, multicast_snooping: false };
+    let mut bridge =
+        Bridge { stp: false, forward_delay: 0, multicast_snooping: false, netfilter: false };
     for setting in settings {
         match setting {
             InfoBridge::StpState(state) => bridge.stp = *state != BridgeStpState::Disabled,
             InfoBridge::ForwardDelay(delay) => bridge.forward_delay = *delay,
             InfoBridge::MulticastSnooping(on) => bridge.multicast_snooping = *on,
+            // They are set together.
+            InfoBridge::NfCallIpTables(on) => bridge.netfilter |= *on,
+            InfoBridge::NfCallIp6Tables(on) => bridge.netfilter |= *on,
             _ => {}
         }
     }
