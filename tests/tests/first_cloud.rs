@@ -229,7 +229,7 @@ impl Cloud {
         let applied = self.with_manifest(&["apply", "--wait=60"]);
         assert!(applied.contains("create"), "{applied}");
         let held = self.held();
-        assert!(held.len() == 8 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        assert!(held.len() == 9 && held.iter().all(|it| it.2 == "active"), "{held:?}");
         let id = |kind: &str, name: &str| self.get(kind, name)["id"].as_str().unwrap().to_owned();
         let port = self.get("port", "demo-port");
         let address = port["document"]["spec"]["fixed_ips"][0]["address"].as_str().unwrap();
@@ -391,7 +391,7 @@ mod guest {
         assert_eq!(runs, running, "the domain was started anew");
         assert_eq!(cloud.console(&guest.instance), said, "the guest noticed");
         let held = cloud.held();
-        assert!(held.len() == 8 && held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
+        assert!(held.len() == 9 && held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
 
         // All of it goes.
         cloud.with_manifest(&["delete", "--wait"]);
@@ -429,7 +429,7 @@ mod guest {
         });
         cloud.wait_for_guest(&guest);
         let held = cloud.held();
-        assert!(held.len() == 8 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        assert!(held.len() == 9 && held.iter().all(|it| it.2 == "active"), "{held:?}");
         assert_eq!(cloud.files("storage/volumes"), volume);
         let again = cloud.with_manifest(&["apply", "--wait=60"]);
         assert!(!again.contains("create") && !again.contains("update"), "{again}");

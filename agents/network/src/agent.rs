@@ -4,6 +4,8 @@
 //! anything was done, because only what is seen counts; hand new tables to the DHCP servers; announce
 //! addresses of routers; tell how each object came out.
 
+mod explain;
+mod guarding;
 mod outcome;
 mod tasks;
 
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use stackhand_kernel::{Chain, KernelError};
-use stackhand_model::{AgentKind, ErrorCode, ObjectRef};
+use stackhand_model::{AgentKind, ErrorCode, ObjectRef, PortId};
 use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
@@ -25,7 +27,8 @@ use stackhand_runtime::metrics::Reading;
 use stackhand_runtime::run::{AgentContext, StartError};
 use tracing::{debug, info, warn};
 
-use crate::desired::{FIREWALL, HostWish, Local, host_wish};
+use crate::desired::{HostWish, Local, host_wish};
+use crate::firewall::netlink::KernelFirewall;
 use crate::l2::netlink::NetlinkHost;
 use crate::l2::{At, HostNet, Plan, Seen, plan};
 use crate::l3::announce::{Announced, Announcer};
@@ -36,6 +39,7 @@ use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
 
+use guarding::Guarding;
 use tasks::{Deed, Task};
 
 /// Changes that one pass tells one by one.
@@ -52,6 +56,7 @@ pub struct NetworkAgent {
     local: Local,
     grace: Duration,
     host: Arc<NetlinkHost>,
+    guarding: Guarding,
     routers: KernelRouters,
     announcer: Announcer,
     /// Whether all addresses of routers were announced since the agent started.
@@ -70,6 +75,8 @@ pub struct NetworkAgent {
     /// What the last pass found wrong with the host as a whole.
     troubles: Mutex<Vec<String>>,
     abilities: tokio::sync::OnceCell<Value>,
+    /// What was wanted in the last pass, for questions.
+    desired: Mutex<Option<Arc<Desired>>>,
     /// What controllers make this host's Host document from.
     host_spec: Value,
 }
@@ -139,9 +146,11 @@ impl NetworkAgent {
         };
         let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
         let host = Arc::new(NetlinkHost::new());
+        let firewall = KernelFirewall::open(host.write_count().clone());
         Ok(Self {
             local,
             grace,
+            guarding: Guarding::new(firewall.map_err(StartProblem::Listen)?),
             routers: KernelRouters::new(Arc::clone(&host)),
             host,
             announcer: Announcer::default(),
@@ -155,6 +164,7 @@ impl NetworkAgent {
             stuck,
             troubles: Mutex::default(),
             abilities: tokio::sync::OnceCell::new(),
+            desired: Mutex::default(),
             host_spec: json!({}),
         })
     }
@@ -224,22 +234,25 @@ impl NetworkAgent {
                 }
             }
         }
-        self.tell(&done, cause);
+        let told: Vec<_> = done.iter().map(|(object, deed)| (*object, deed.to_string())).collect();
+        self.tell(&told, cause, true);
         news.extend(tasks::news(done.iter().map(|(_, deed)| *deed)));
         (tried, failed)
     }
 
-    /// Tells what was done that no document asked for just now: repairs and sweeping.
-    fn tell(&self, done: &[(Option<ObjectRef>, &Deed)], cause: Cause) {
+    /// Tells what was done that no document asked for just now: repairs and sweeping. What served
+    /// no object was swept if `sweeping`.
+    fn tell(&self, done: &[(Option<ObjectRef>, String)], cause: Cause, sweeping: bool) {
         let repairs = matches!(cause, Cause::Host | Cause::Timer);
-        let told: Vec<_> = done.iter().filter(|(object, _)| repairs || object.is_none()).collect();
-        for (object, deed) in told.iter().take(MOST_TOLD) {
-            let kind = if object.is_some() { "DriftRepaired" } else { "OrphanSwept" };
-            info!(object = object.map(tracing::field::display), %deed, kind);
+        let sweeps = |object: &Option<ObjectRef>| object.is_none() && sweeping;
+        let told: Vec<_> = done.iter().filter(|(object, _)| repairs || sweeps(object)).collect();
+        for (object, change) in told.iter().take(MOST_TOLD) {
+            let kind = if sweeps(object) { "OrphanSwept" } else { "DriftRepaired" };
+            info!(object = object.map(tracing::field::display), %change, kind);
             self.events.add(NewEvent {
                 object: object.map(|object| object.to_string()),
                 kind: kind.to_owned(),
-                message: deed.to_string(),
+                message: change.clone(),
                 request_id: None,
             });
         }
@@ -249,6 +262,30 @@ impl NetworkAgent {
                 message: format!("and {} changes more", told.len() - MOST_TOLD),
                 ..NewEvent::default()
             });
+        }
+    }
+
+    /// Makes the firewall as wanted. Returns why it is not, if it is not.
+    async fn guard(&self, wish: &HostWish, cause: Cause) -> Option<String> {
+        self.watcher.ignore_nft();
+        let enforced = self.guarding.enforce(&wish.firewall).await;
+        self.watcher.heed_nft().await;
+        // What somebody changed in the moment before is looked at anew.
+        if !self.guarding.is_current().await {
+            (self.wake)(&BTreeSet::new());
+        }
+        match enforced {
+            Ok(done) => {
+                if done.cut > 0 {
+                    info!(flows = done.cut, "cut flows that nothing allows any more");
+                }
+                self.tell(&done.changes, cause, false);
+                None
+            }
+            Err(reason) => {
+                warn!("the firewall is not as it should be: {reason}");
+                Some(reason)
+            }
         }
     }
 
@@ -302,7 +339,12 @@ impl NetworkAgent {
 
     async fn look_and_plan(&self, desired: &Desired) -> Result<Look, KernelError> {
         let seen = self.host.observe().await?;
-        let wish = host_wish(desired, &self.local, &seen);
+        let mut wish = host_wish(desired, &self.local, &seen);
+        if !wish.firewall.guards.is_empty()
+            && let Ok(tracking) = self.guarding.tracking().await
+        {
+            guarding::show_to_ip(&mut wish.l2, &wish.firewall, tracking);
+        }
         let orphans = plan(&wish.l2, &seen, &BTreeSet::new()).orphans;
         let sweep = self.sweepable(&orphans);
         let made = plan(&wish.l2, &seen, &sweep);
@@ -332,16 +374,23 @@ impl Agent for NetworkAgent {
 
     async fn plan(&self, wanted: Arc<Desired>) -> Result<Vec<PlannedStep>, Refusal> {
         let _turn = self.turn.lock().await;
-        let look = self.look_and_plan(&wanted).await.map_err(|error| {
-            Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {}", Chain(&error)))
-        })?;
+        let cannot_look = |reason: String| {
+            Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {reason}"))
+        };
+        let look = self
+            .look_and_plan(&wanted)
+            .await
+            .map_err(|error| cannot_look(Chain(&error).to_string()))?;
+        let rules = self.guarding.plan(&look.wish.firewall).await.map_err(cannot_look)?;
+        let rules = rules.into_iter().map(|(object, change)| PlannedStep { object, change });
         let planned =
             |task: Task| PlannedStep { object: task.object, change: task.deed.to_string() };
-        Ok(look.tasks.into_iter().map(planned).collect())
+        Ok(rules.chain(look.tasks.into_iter().map(planned)).collect())
     }
 
     async fn pass(&self, work: Work) -> PassReport {
         let _turn = self.turn.lock().await;
+        *lock(&self.desired) = Some(Arc::clone(&work.desired));
         let before = self.host.writes();
         self.watcher.about_to_look().await;
         let mut look = match self.look_and_plan(&work.desired).await {
@@ -355,12 +404,23 @@ impl Agent for NetworkAgent {
         };
         let mut news = BTreeMap::new();
         let mut failed = BTreeMap::new();
+        let mut unfiltered;
         // One round does, unless a change brings something with it: a link whose MTU grows gets
         // IPv6 back.
         for _ in 0..ROUNDS {
             self.let_go(&look.wish).await;
+            // A tap is filtered before it can carry a frame, or it does not come up.
+            unfiltered = self.guard(&look.wish, work.cause).await;
+            let mut due = work.due.clone();
+            if unfiltered.is_some() {
+                let is_open = |object: &ObjectRef| {
+                    let guard = look.wish.firewall.guards.get(&PortId(object.id));
+                    guard.is_some_and(|guard| guard.open)
+                };
+                due.retain(|object| !is_open(object));
+            }
             let tried;
-            (tried, failed) = self.perform(&look.tasks, &work.due, work.cause, &mut news).await;
+            (tried, failed) = self.perform(&look.tasks, &due, work.cause, &mut news).await;
             if tried == 0 {
                 break;
             }
@@ -379,10 +439,13 @@ impl Agent for NetworkAgent {
             }
         }
         let Look { wish, seen, plan: left, tasks } = look;
+        // And what filtered taps that are gone now goes after them.
+        unfiltered = self.guard(&wish, work.cause).await;
+        let unfiltered = unfiltered.as_deref();
         self.serve(&wish, &seen, &mut failed).await;
         self.announce(&wish, &seen, news);
         let undone = outcome::undone(&tasks);
-        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed, undone);
+        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed, undone, unfiltered);
         let is_stuck =
             |outcome: &Outcome| matches!(outcome, Outcome::Failed { .. } | Outcome::Pending { .. });
         let stuck = outcomes.iter().filter(|(_, outcome)| is_stuck(outcome));
@@ -392,13 +455,16 @@ impl Agent for NetworkAgent {
             known.retain(|object| !work.due.contains(object));
             known.extend(stuck);
         }
-        *lock(&self.troubles) = outcome::troubles(&work.desired, &wish, &left);
+        *lock(&self.troubles) = outcome::troubles(&work.desired, &wish, &left, unfiltered);
         PassReport { outcomes, writes: self.host.writes() - before }
     }
 
     async fn act(&self, action: Action) -> Result<Value, Refusal> {
+        if action.name == explain::EXPLAIN {
+            return self.explain(&action).await;
+        }
         let message = format!(
-            "{} has no action {:?}; the network agent has none, it repairs by itself",
+            "{} has no action {:?}; the network agent explains ports, and repairs by itself",
             action.object, action.name
         );
         Err(Refusal::new(ErrorCode::Unsupported, message).about(action.object))
@@ -418,7 +484,7 @@ impl Agent for NetworkAgent {
             "kernel": probe::kernel(),
             "abilities": abilities,
             "network_types": ["local", "flat", "vxlan"],
-            "firewall": {"enforced": false, "reason": FIREWALL},
+            "firewall": self.guarding.facts().await,
             "links": links,
             "vxlan_port": self.local.vxlan_port,
             "host": self.host_spec,

@@ -3,11 +3,12 @@
 use std::fs;
 
 use serde_json::Value;
-use stackhand_kernel::sysctl;
+use stackhand_kernel::netlink::WriteCount;
+use stackhand_kernel::{Chain, sysctl};
 use stackhand_runtime::config::Loaded;
 use stackhand_runtime::preflight::{Check, Finding};
 
-use crate::desired::FIREWALL;
+use crate::firewall::netlink::KernelFirewall;
 use crate::probe;
 use crate::settings::NetworkSettings;
 
@@ -29,13 +30,7 @@ pub fn checks(loaded: &Loaded<NetworkSettings>) -> Vec<Check> {
         Check::blocking("tap-user", move || tap_user(&settings)),
         Check::blocking("bridge-filter", bridge_filter),
         Check::new("link-kinds", link_kinds),
-        Check::blocking("firewall", || {
-            vec![Finding::warning(
-                "firewall",
-                format!("security groups and anti-spoofing are {FIREWALL}"),
-                "let only guests that you trust onto this host",
-            )]
-        }),
+        Check::new("firewall", firewall),
     ]
 }
 
@@ -84,6 +79,26 @@ fn tap_user(settings: &NetworkSettings) -> Vec<Finding> {
             "tap-user",
             error.to_string(),
             "create it, or name another in the settings",
+        ),
+    }]
+}
+
+async fn firewall() -> Vec<Finding> {
+    let tracking = match KernelFirewall::open(WriteCount::default()) {
+        Ok(firewall) => firewall.probe().await,
+        Err(error) => Err(error.into()),
+    };
+    vec![match tracking {
+        Ok(tracking) => Finding::pass(
+            "firewall",
+            format!(
+                "security groups and anti-spoofing can be enforced; flows are tracked by {tracking}"
+            ),
+        ),
+        Err(error) => Finding::failure(
+            "firewall",
+            format!("ports cannot be filtered, and so will not come up: {}", Chain(&error)),
+            "install nftables 1.0.6 or later, and load the module nf_conntrack_bridge or br_netfilter",
         ),
     }]
 }

@@ -20,7 +20,9 @@ use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, RouterId,
 use stackhand_model::{FloatingIpSpec, HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
 use stackhand_runtime::agent::Desired;
 
-use crate::l2::{At, BRIDGE, Forwarding, Make, Seen, SeenKind, Set, Wanted, Wish};
+use crate::firewall::Model;
+use crate::firewall::model::Surroundings;
+use crate::l2::{At, BRIDGE, Forwarding, Make, Owner, Seen, SeenKind, SeenLink, Set, Wanted, Wish};
 use crate::l3;
 use crate::names::{self, Mark};
 use crate::services::Site;
@@ -55,6 +57,8 @@ pub struct HostWish {
     pub services: BTreeMap<At, Site>,
     /// Networks that are wired here.
     pub wired: BTreeMap<NetworkId, Wired>,
+    /// What the taps of this host let through.
+    pub firewall: Model,
     /// What documents alone say about an object: why it cannot be active.
     pub standing: BTreeMap<ObjectRef, Standing>,
 }
@@ -93,6 +97,7 @@ pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
     builder.router_tables();
     builder.ports_without_network();
     builder.not_built_yet();
+    builder.firewall(desired);
     builder.wish
 }
 
@@ -482,10 +487,30 @@ impl Builder<'_> {
         }
     }
 
+    fn firewall(&mut self, desired: &Desired) {
+        let orphan = |(at, link): (&At, &SeenLink)| match link.owner {
+            Owner::Ours(mark @ Mark::Port(_)) if at.space.is_none() => {
+                (!self.wish.l2.known.contains(&mark.object())).then(|| at.link.clone())
+            }
+            _ => None,
+        };
+        let wired = self.wish.wired.iter();
+        let around = Surroundings {
+            host: &self.local.host,
+            bridges: wired.map(|(id, wired)| (*id, wired.bridge.clone())).collect(),
+            has_link: &|name| self.seen.links.contains_key(&At::host(name)),
+            orphans: self.seen.links.iter().filter_map(orphan).collect(),
+        };
+        let firewall = Model::new(desired, around);
+        for (object, reason) in &firewall.lacking {
+            self.wait(*object, reason);
+        }
+        self.wish.firewall = firewall;
+    }
+
     fn not_built_yet(&mut self) {
         for document in &self.documents.others {
             let reason = match &document.spec {
-                Spec::SecurityGroup(_) => FIREWALL,
                 Spec::QosPolicy(_) => QOS,
                 _ => continue,
             };
@@ -502,8 +527,6 @@ fn bridge_mac(network: NetworkId) -> MacAddr {
     MacAddr([0x0e, a, b, c, d, e])
 }
 
-/// Told where a document asks for filtering.
-pub const FIREWALL: &str = "not enforced: this agent has no firewall yet";
 /// Told where a document asks for limits.
 const QOS: &str = "not enforced: this agent sets no limits yet";
 

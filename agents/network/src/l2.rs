@@ -94,7 +94,8 @@ pub enum Make {
 }
 
 /// The settings of a bridge of ours: no spanning tree, no waiting, multicast goes everywhere.
-pub const BRIDGE: Bridge = Bridge { stp: false, forward_delay: 0, multicast_snooping: false };
+pub const BRIDGE: Bridge =
+    Bridge { stp: false, forward_delay: 0, multicast_snooping: false, netfilter: false };
 
 /// The settings of a router's links: packets are forwarded, ARP speaks of the link's own addresses
 /// alone, answers may come by another link (several routes share the load), nobody's
@@ -395,8 +396,8 @@ impl fmt::Display for Set {
         }
         if let Some(bridge) = self.as_bridge {
             parts.push(format!(
-                "stp {}, forward_delay {}, mcast_snooping {}",
-                bridge.stp, bridge.forward_delay, bridge.multicast_snooping
+                "stp {}, forward_delay {}, mcast_snooping {}, nf_call_iptables {}",
+                bridge.stp, bridge.forward_delay, bridge.multicast_snooping, bridge.netfilter
             ));
         }
         if let Some(routing) = self.routing {

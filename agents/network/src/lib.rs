@@ -4,6 +4,7 @@ pub mod admit;
 pub mod agent;
 pub mod checks;
 pub mod desired;
+pub mod firewall;
 pub mod l2;
 pub mod l3;
 pub mod names;

@@ -31,12 +31,31 @@ pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 pub(crate) struct Watcher {
     signal: Arc<Signal>,
     host: JoinHandle<()>,
+    nft: JoinHandle<()>,
     spaces: Mutex<BTreeMap<String, (NetnsId, JoinHandle<()>)>>,
 }
 
 struct Signal {
     dirty: AtomicBool,
+    /// Changes of nftables are our own just now.
+    ignores_nft: AtomicBool,
     wake: Wake,
+}
+
+impl Signal {
+    /// Wakes the runtime, once for all that is heard within a short time.
+    fn heard(self: &Arc<Self>) {
+        if self.dirty.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let signal = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(GATHER).await;
+            if signal.dirty.swap(false, Ordering::AcqRel) {
+                (signal.wake)();
+            }
+        });
+    }
 }
 
 impl std::fmt::Debug for Watcher {
@@ -48,6 +67,7 @@ impl std::fmt::Debug for Watcher {
 impl Drop for Watcher {
     fn drop(&mut self) {
         self.host.abort();
+        self.nft.abort();
         let spaces = std::mem::take(self.spaces.get_mut().unwrap_or_else(PoisonError::into_inner));
         spaces.into_values().for_each(|(_, task)| task.abort());
     }
@@ -60,10 +80,25 @@ impl Watcher {
     ///
     /// Passes on the kernel's refusal.
     pub(crate) fn start(wake: Wake) -> Result<Self, KernelError> {
-        let signal = Arc::new(Signal { dirty: AtomicBool::new(false), wake });
+        let ignores_nft = AtomicBool::new(false);
+        let signal = Arc::new(Signal { dirty: AtomicBool::new(false), ignores_nft, wake });
         let monitor = Monitor::open()?;
         let host = tokio::spawn(listen(monitor, Arc::clone(&signal), true));
-        Ok(Self { signal, host, spaces: Mutex::default() })
+        let nft = tokio::spawn(listen_to_nft(NftMonitor::open()?, Arc::clone(&signal)));
+        Ok(Self { signal, host, nft, spaces: Mutex::default() })
+    }
+
+    /// The caller changes nftables now: what is heard of it is no news.
+    pub(crate) fn ignore_nft(&self) {
+        self.signal.ignores_nft.store(true, Ordering::Release);
+    }
+
+    /// The caller has done so. What others changed meanwhile is for the caller to find out.
+    pub(crate) async fn heed_nft(&self) {
+        for _ in 0..4 {
+            tokio::task::yield_now().await;
+        }
+        self.signal.ignores_nft.store(false, Ordering::Release);
     }
 
     /// Forgets what was heard so far: the caller looks at the host now.
@@ -128,7 +163,7 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
                 continue;
             }
             debug!(?event, "the host changed");
-            heard(&signal);
+            signal.heard();
         }
         if !reopen {
             return;
@@ -146,22 +181,28 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
 
 async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>) {
     while monitor.next().await.is_some() {
-        heard(&signal);
+        signal.heard();
     }
 }
 
-/// Wakes the runtime soon, once for all that is heard until then.
-fn heard(signal: &Arc<Signal>) {
-    if signal.dirty.swap(true, Ordering::AcqRel) {
-        return;
-    }
-    let signal = Arc::clone(signal);
-    tokio::spawn(async move {
-        tokio::time::sleep(GATHER).await;
-        if signal.dirty.swap(false, Ordering::AcqRel) {
-            (signal.wake)();
+/// Listens to changes of the tables that bear our name.
+async fn listen_to_nft(mut monitor: NftMonitor, signal: Arc<Signal>) {
+    loop {
+        while monitor.next_of(crate::firewall::NAME).await.is_some() {
+            if !signal.ignores_nft.load(Ordering::Acquire) {
+                debug!("somebody changed the firewall");
+                signal.heard();
+            }
         }
-    });
+        warn!("lost the socket that tells of changes to nftables; opening another");
+        monitor = loop {
+            tokio::time::sleep(REOPEN).await;
+            if let Ok(monitor) = NftMonitor::open() {
+                break monitor;
+            }
+        };
+        (signal.wake)();
+    }
 }
 
 /// Whether an event could concern what we made or wait for. Uplinks have any name, so a link that

@@ -5,12 +5,13 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 use stackhand_model::{
-    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortOwner, PortSpec, RouterId,
-    RouterSpec, Spec,
+    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortSpec, RouterId, RouterSpec,
+    SecurityGroupId, Spec,
 };
 use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
 
-use crate::desired::{FIREWALL, HostWish, Standing};
+use crate::desired::{HostWish, Standing};
+use crate::firewall::model::is_guarded;
 use crate::l2::{At, Owner, Plan, Seen, SeenKind};
 use crate::names;
 
@@ -24,6 +25,7 @@ pub(super) fn outcomes(
     left: &Plan,
     failed: &BTreeMap<ObjectRef, String>,
     undone: BTreeMap<ObjectRef, String>,
+    unfiltered: Option<&str>,
 ) -> BTreeMap<ObjectRef, Outcome> {
     let marked: BTreeSet<ObjectRef> = seen
         .links
@@ -35,7 +37,7 @@ pub(super) fn outcomes(
             _ => None,
         })
         .collect();
-    let host = Host { wish, seen, left, failed, undone, marked };
+    let host = Host { wish, seen, left, failed, undone, marked, unfiltered };
     let of = |object: &ObjectRef| {
         work.desired
             .objects
@@ -63,6 +65,8 @@ struct Host<'a> {
     failed: &'a BTreeMap<ObjectRef, String>,
     undone: BTreeMap<ObjectRef, String>,
     marked: BTreeSet<ObjectRef>,
+    /// Why the firewall is not as it should be.
+    unfiltered: Option<&'a str>,
 }
 
 impl Host<'_> {
@@ -83,7 +87,7 @@ impl Host<'_> {
         if let Some(Standing::Failed(reason)) = standing {
             return Outcome::Failed { reason: reason.clone(), observed };
         }
-        if let Some(reason) = problem.or(trouble) {
+        if let Some(reason) = problem.or(trouble).or_else(|| self.not_filtered(&held.document)) {
             return Outcome::Failed { reason, observed };
         }
         let waits = match standing {
@@ -94,6 +98,18 @@ impl Host<'_> {
             return Outcome::Pending { reason, observed };
         }
         Outcome::Active { observed }
+    }
+
+    /// What the firewall failed at fails the ports and groups that need it.
+    fn not_filtered(&self, document: &Document) -> Option<String> {
+        let reason = self.unfiltered?;
+        let firewall = &self.wish.firewall;
+        let needs_it = match &document.spec {
+            Spec::Port(_) => firewall.guards.contains_key(&PortId(document.id)),
+            Spec::SecurityGroup(_) => firewall.groups.contains_key(&SecurityGroupId(document.id)),
+            _ => false,
+        };
+        needs_it.then(|| format!("not filtered: {reason}"))
     }
 
     /// A port is not connected while its network's bridge has a problem.
@@ -127,7 +143,7 @@ impl Host<'_> {
             Spec::Network(_) => self.network(NetworkId(document.id)),
             Spec::Router(router) => self.router(RouterId(document.id), router),
             Spec::FloatingIp(floating) => self.floating_ip(floating),
-            Spec::SecurityGroup(_) => json!({"enforced": false}),
+            Spec::SecurityGroup(_) => self.group(SecurityGroupId(document.id)),
             _ => Value::Null,
         }
     }
@@ -141,9 +157,10 @@ impl Host<'_> {
             facts.insert("up".into(), json!(link.up));
             facts.insert("carrier".into(), json!(link.carrier));
             facts.insert("bridge".into(), json!(link.bridge));
-            let guarded = port.port_security && port.owner == PortOwner::Instance;
-            if guarded {
-                facts.insert("filtered".into(), json!(false));
+            if is_guarded(port) {
+                let filtered =
+                    self.wish.firewall.guards.contains_key(&id) && self.unfiltered.is_none();
+                facts.insert("filtered".into(), json!(filtered));
             }
         } else {
             facts.insert("host".into(), json!(port.host));
@@ -185,6 +202,16 @@ impl Host<'_> {
         json!({"namespace": service.space, "translations": translations})
     }
 
+    fn group(&self, id: SecurityGroupId) -> Value {
+        let firewall = &self.wish.firewall;
+        let here = firewall.guards.values().filter(|guard| guard.groups.contains(&id)).count();
+        let mut facts = json!({"ports_here": here, "enforced": self.unfiltered.is_none()});
+        if let Some(members) = firewall.members.get(&id) {
+            facts["members"] = json!(members.len());
+        }
+        facts
+    }
+
     fn network(&self, id: NetworkId) -> Value {
         let Some(wired) = self.wish.wired.get(&id) else { return json!({"wired": false}) };
         let mut facts = json!({
@@ -220,7 +247,12 @@ impl Host<'_> {
 }
 
 /// What is wrong with the host as a whole.
-pub(super) fn troubles(desired: &Desired, wish: &HostWish, left: &Plan) -> Vec<String> {
+pub(super) fn troubles(
+    desired: &Desired,
+    wish: &HostWish,
+    left: &Plan,
+    unfiltered: Option<&str>,
+) -> Vec<String> {
     let mut troubles = Vec::new();
     let unserved = desired.objects.values().any(|held| match &held.document.spec {
         Spec::Network(network) => {
@@ -236,12 +268,8 @@ pub(super) fn troubles(desired: &Desired, wish: &HostWish, left: &Plan) -> Vec<S
                 .to_owned(),
         );
     }
-    let unfiltered = desired.objects.values().any(|held| match &held.document.spec {
-        Spec::Port(port) => port.port_security && port.owner == PortOwner::Instance,
-        _ => false,
-    });
-    if unfiltered {
-        troubles.push(format!("security groups and anti-spoofing are {FIREWALL}"));
+    if let Some(reason) = unfiltered {
+        troubles.push(format!("security groups and anti-spoofing are not enforced: {reason}"));
     }
     if !left.orphans.is_empty() {
         let names: Vec<String> = left.orphans.iter().map(At::to_string).collect();

@@ -176,7 +176,7 @@ impl Entry {
     /// The entry that the kernel holds as `element` of `set`; `None` if it is none of ours.
     #[must_use]
     pub fn parse(set: &str, element: &Element) -> Option<Self> {
-        let data = element.data.as_deref().unwrap_or_default();
+        let data = element.value().unwrap_or_default();
         let address = |bytes: &[u8]| bytes.first_chunk::<4>().map(|it| Ipv4Addr::from(*it));
         let port = |bytes: &[u8]| bytes.first_chunk::<2>().map(|it| u16::from_be_bytes(*it));
         let key = element.key.as_slice();

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its share")]
 
+pub(crate) mod frames;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::panic::resume_unwind;
@@ -175,13 +177,15 @@ pub(crate) fn network(kind: &str, more: &Value) -> Value {
     spec
 }
 
-/// A port with the MAC address and address that end in `last`.
+/// A port with the MAC address and address that end in `last`, which is not filtered unless `more`
+/// says so.
 pub(crate) fn port(network: Uuid, host: &str, last: u8, more: &Value) -> Value {
     let mut spec = json!({
         "network": network,
         "host": host,
         "mac": mac(last),
         "fixed_ips": [{"subnet": "main", "address": format!("10.7.0.{last}")}],
+        "port_security": false,
     });
     for (key, value) in more.as_object().unwrap() {
         spec[key] = value.clone();

@@ -128,6 +128,15 @@ impl Element {
         Self { data: Some(Data::Value(data.into())), ..Self::new(key) }
     }
 
+    /// What a map leads it to, if that is a value.
+    #[must_use]
+    pub fn value(&self) -> Option<&[u8]> {
+        match &self.data {
+            Some(Data::Value(value)) => Some(value),
+            _ => None,
+        }
+    }
+
     /// An element of a verdict map.
     #[must_use]
     pub fn verdict(key: impl Into<Vec<u8>>, judgement: Judgement) -> Self {

@@ -222,7 +222,7 @@ impl SecurityGroupRule {
     /// The protocol's IANA number, or `None` for any. In an IPv6 rule `icmp` means ICMPv6.
     #[must_use]
     pub fn protocol_number(&self) -> Option<u8> {
-        let name = self.protocol.as_deref()?;
+        let name = self.protocol.as_deref()?.to_ascii_lowercase();
         if name == "icmp" && self.ethertype == Ethertype::IPv6 {
             return Some(58);
         }
@@ -240,7 +240,7 @@ impl SecurityGroupSpec {
             let at = |field: &str| format!("rules[{index}].{field}");
             if let Some(name) = &rule.protocol
                 && rule.protocol_number().is_none()
-                && name != "any"
+                && !name.eq_ignore_ascii_case("any")
             {
                 let hint = crate::nearest(name, PROTOCOLS.map(|(known, _)| known))
                     .map(|near| format!("; did you mean {near}?"))

@@ -1,0 +1,192 @@
+//! `agentctl explain`: one end of a connection, from documents and from the kernel's state.
+//!
+//! agentctl asks the agents of both ports' hosts and joins the halves. Each half tells what it
+//! checked, in the order in which a packet meets it, so that a third part (a router) fits between.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use stackhand_kernel::Chain;
+use stackhand_model::{Direction, ErrorCode, MacAddr, PortId, Spec};
+use stackhand_runtime::agent::{Action, Desired, Refusal};
+
+use super::{Look, NetworkAgent};
+use crate::desired::{HostWish, Standing};
+use crate::firewall::Packet;
+use crate::l2::{At, Seen};
+use crate::names;
+
+/// The action's name.
+pub(super) const EXPLAIN: &str = "explain";
+
+/// What is asked about one end.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Question {
+    /// Whether the packet leaves the port or comes to it.
+    direction: Direction,
+    packet: Packet,
+    peer: Peer,
+}
+
+/// The other end.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Peer {
+    mac: MacAddr,
+    host: String,
+}
+
+/// What was found at one end.
+#[derive(Debug, Serialize)]
+struct Half {
+    host: String,
+    direction: Direction,
+    /// Largest packet of the port's link in bytes.
+    mtu: Option<u32>,
+    checks: Vec<Check>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Check {
+    what: &'static str,
+    passes: bool,
+    finding: String,
+}
+
+impl NetworkAgent {
+    /// Explains one end, for the action of that name.
+    pub(super) async fn explain(&self, action: &Action) -> Result<Value, Refusal> {
+        let refuse = |code, text: String| Refusal::new(code, text).about(action.object);
+        let Spec::Port(port) = &action.document.spec else {
+            return Err(refuse(ErrorCode::Unsupported, "only ports can be explained".to_owned()));
+        };
+        let question: Question =
+            serde_json::from_value(action.params.clone()).map_err(|error| {
+                refuse(
+                    ErrorCode::BadRequest,
+                    format!("explain: {error}; ask by `agentctl explain`"),
+                )
+            })?;
+        if port.host != self.local.host {
+            let text = format!("the port is on host {}; ask there", port.host);
+            return Err(refuse(ErrorCode::BadRequest, text));
+        }
+        let desired = super::lock(&self.desired).clone();
+        let Some(desired) = desired else {
+            let text = "the agent has not looked at the host yet; try again".to_owned();
+            return Err(refuse(ErrorCode::Unavailable, text));
+        };
+        let half = self.half(PortId(action.object.id), &question, &desired).await;
+        let half = half.map_err(|reason| refuse(ErrorCode::Internal, reason))?;
+        serde_json::to_value(half).map_err(|error| refuse(ErrorCode::Internal, error.to_string()))
+    }
+
+    async fn half(&self, id: PortId, asked: &Question, desired: &Desired) -> Result<Half, String> {
+        let turn = self.turn.lock().await;
+        let looked = self.look_and_plan(desired).await;
+        let Look { wish, seen, .. } =
+            looked.map_err(|error| format!("cannot look at the host: {}", Chain(&error)))?;
+        let drift = self.guarding.plan(&wish.firewall).await;
+        drop(turn);
+        let tap = At::host(names::tap(id));
+        let mut checks = vec![document(id, &wish), link(&tap, &wish, &seen)];
+        let verdict = wish.firewall.judge(id, asked.direction, &asked.packet);
+        let (what, groups) = match asked.direction {
+            Direction::Egress => ("rules out", "the packet"),
+            Direction::Ingress => ("rules in", "the packet"),
+        };
+        checks.push(Check {
+            what,
+            passes: verdict.passes(),
+            finding: format!("{groups} {verdict}"),
+        });
+        if wish.firewall.guards.contains_key(&id) {
+            checks.push(in_force(drift));
+        }
+        if asked.direction == Direction::Egress {
+            checks.push(way(&tap, asked, &self.local.host, &wish, &seen));
+        }
+        let mtu = seen.links.get(&tap).map(|link| link.mtu);
+        Ok(Half { host: self.local.host.clone(), direction: asked.direction, mtu, checks })
+    }
+}
+
+/// What documents alone say.
+fn document(id: PortId, wish: &HostWish) -> Check {
+    let (passes, finding) = match wish.standing.get(&id.object()) {
+        None => (true, "the port's documents are complete".to_owned()),
+        Some(Standing::Pending(reason) | Standing::Failed(reason)) => (false, reason.clone()),
+    };
+    Check { what: "documents", passes, finding }
+}
+
+fn link(tap: &At, wish: &HostWish, seen: &Seen) -> Check {
+    let check = |passes, finding| Check { what: "link", passes, finding };
+    let Some(link) = seen.links.get(tap) else {
+        return check(false, format!("there is no link {tap}"));
+    };
+    let wanted = wish.l2.links.get(tap).and_then(|wanted| wanted.set.bridge.clone()).flatten();
+    match &link.bridge {
+        None => return check(false, format!("{tap} is in no bridge")),
+        Some(bridge) if wanted.as_ref().is_some_and(|wanted| wanted != bridge) => {
+            return check(false, format!("{tap} is in {bridge}, and not in its network's bridge"));
+        }
+        Some(_) if !link.up => return check(false, format!("{tap} is down")),
+        Some(_) if !link.carrier => {
+            return check(false, format!("{tap} has no carrier: no guest has it open"));
+        }
+        Some(_) => {}
+    }
+    let bridge = link.bridge.as_deref().unwrap_or_default();
+    check(true, format!("{tap} is up, in {bridge}, with MTU {}", link.mtu))
+}
+
+/// Whether the kernel's rules are those that the documents ask for.
+fn in_force(drift: Result<Vec<(Option<stackhand_model::ObjectRef>, String)>, String>) -> Check {
+    let (passes, finding) = match drift {
+        Ok(steps) => match steps.first() {
+            None => (true, "the kernel's rules are those of the documents".to_owned()),
+            Some((_, step)) => {
+                let more = steps.len() - 1;
+                (false, format!("the kernel's rules differ; to do: {step}, and {more} more"))
+            }
+        },
+        Err(reason) => (false, reason),
+    };
+    Check { what: "rules in force", passes, finding }
+}
+
+/// How frames for the peer leave: the bridge itself, or the overlay's forwarding entry.
+fn way(tap: &At, asked: &Question, host: &str, wish: &HostWish, seen: &Seen) -> Check {
+    let check = |passes, finding| Check { what: "way", passes, finding };
+    if asked.peer.host == host {
+        return check(true, "both ports are on this host, in the same bridge".to_owned());
+    }
+    let bridge = seen.links.get(tap).and_then(|link| link.bridge.clone()).unwrap_or_default();
+    let wired = wish.wired.values().find(|wired| wired.bridge == bridge);
+    let Some(uplink) = wired.and_then(|wired| wired.uplink.clone()) else {
+        return check(false, format!("bridge {bridge} has no link to other hosts"));
+    };
+    let (mac, peer) = (asked.peer.mac, &asked.peer.host);
+    let neighbour = seen
+        .neighbours
+        .get(&bridge)
+        .and_then(|known: &BTreeMap<_, _>| known.get(&asked.packet.destination));
+    let answered = match neighbour {
+        Some(known) if *known == mac => "; the bridge answers for its address",
+        Some(_) => {
+            return check(false, format!("bridge {bridge} answers another Ethernet address"));
+        }
+        None => "; the peer answers for its address itself",
+    };
+    let Some(table) = seen.forwarding.get(&uplink) else {
+        return check(true, format!("frames leave by {uplink}, which learns where addresses are"));
+    };
+    match table.unicast.get(&mac).and_then(|hosts| hosts.first()) {
+        Some(via) => check(true, format!("{mac} is behind {via} by {uplink}{answered}")),
+        None => check(false, format!("{uplink} has no entry for {mac} of host {peer}")),
+    }
+}

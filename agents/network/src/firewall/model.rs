@@ -1,0 +1,243 @@
+//! What documents say about the taps of this host, as sets and rules. Pure.
+//!
+//! A [`Guard`] is a tap that is filtered: what its guest may send from, and the groups whose rules
+//! allow its traffic. A port with `port_security` off has none, nor has one of a router or of a
+//! DHCP server, whose traffic is ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, SecurityGroupId, Spec};
+use stackhand_model::{PortOwner, PortSpec, SecurityGroupSpec};
+use stackhand_runtime::agent::Desired;
+
+use crate::names;
+
+/// The firewall that is wanted.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Model {
+    /// Filtered ports of this host.
+    pub guards: BTreeMap<PortId, Guard>,
+    /// Groups that a guard names and of which there is a document.
+    pub groups: BTreeMap<SecurityGroupId, Group>,
+    /// Addresses of the members of groups that rules name as the other side.
+    pub members: BTreeMap<SecurityGroupId, BTreeSet<IpNet>>,
+    /// Bridges of networks that have guards here.
+    pub bridges: BTreeMap<NetworkId, String>,
+    /// Taps that no document speaks of, but that are left alone for a while: so are their rules.
+    pub spared: BTreeSet<String>,
+    /// Why a port or group is not wholly enforced.
+    pub lacking: BTreeMap<ObjectRef, String>,
+}
+
+/// The document of a security group, shared because it may be long.
+#[derive(Clone, Debug)]
+pub struct Group(Arc<Document>);
+
+impl Group {
+    /// The group, if the document is of one.
+    #[must_use]
+    pub fn of(document: &Arc<Document>) -> Option<Self> {
+        matches!(document.spec, Spec::SecurityGroup(_)).then(|| Self(Arc::clone(document)))
+    }
+
+    /// What it allows.
+    #[must_use]
+    pub fn spec(&self) -> &SecurityGroupSpec {
+        static NOTHING: SecurityGroupSpec = SecurityGroupSpec { stateful: true, rules: Vec::new() };
+        match &self.0.spec {
+            Spec::SecurityGroup(spec) => spec,
+            _ => &NOTHING,
+        }
+    }
+}
+
+impl PartialEq for Group {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.spec() == other.spec()
+    }
+}
+
+/// A filtered port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guard {
+    /// Its tap.
+    pub tap: String,
+    /// Its network.
+    pub network: NetworkId,
+    /// Addresses that it may send from.
+    pub sources: BTreeSet<(MacAddr, IpNet)>,
+    /// Groups whose rules allow its traffic.
+    pub groups: BTreeSet<SecurityGroupId>,
+    /// Whether answers of allowed flows pass.
+    pub stateful: bool,
+    /// Whether anything passes at all; not if it is administratively down or about to go.
+    pub open: bool,
+}
+
+impl Guard {
+    /// Whether `address` is one that it may send from.
+    #[must_use]
+    pub fn has(&self, address: IpAddr) -> bool {
+        self.sources.iter().any(|(_, net)| net.contains(&address))
+    }
+
+    /// Ethernet addresses that it may send from.
+    #[must_use]
+    pub fn macs(&self) -> BTreeSet<MacAddr> {
+        self.sources.iter().map(|(mac, _)| *mac).collect()
+    }
+}
+
+/// What the host tells that documents do not.
+pub struct Surroundings<'a> {
+    /// The host's name.
+    pub host: &'a str,
+    /// Bridges of the networks that are wired here.
+    pub bridges: BTreeMap<NetworkId, String>,
+    /// Whether a link of this name is there.
+    pub has_link: &'a dyn Fn(&str) -> bool,
+    /// Taps with our mark of which no document speaks.
+    pub orphans: BTreeSet<String>,
+}
+
+impl std::fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Surroundings").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+/// Whether the firewall and anti-spoofing are for this port.
+#[must_use]
+pub fn is_guarded(port: &PortSpec) -> bool {
+    port.port_security && matches!(port.owner, PortOwner::Instance | PortOwner::External)
+}
+
+impl Model {
+    /// Computes the model from all documents.
+    #[must_use]
+    pub fn new(desired: &Desired, around: Surroundings<'_>) -> Self {
+        let mut groups: BTreeMap<SecurityGroupId, Group> = BTreeMap::new();
+        let mut ports: BTreeMap<PortId, (&PortSpec, bool)> = BTreeMap::new();
+        for (object, held) in &desired.objects {
+            match &held.document.spec {
+                Spec::SecurityGroup(_) if !held.deleting => {
+                    groups.extend(
+                        Group::of(&held.document).map(|it| (SecurityGroupId(object.id), it)),
+                    );
+                }
+                Spec::Port(port) => {
+                    ports.insert(PortId(object.id), (port, held.deleting));
+                }
+                _ => {}
+            }
+        }
+        let mut model = Self { spared: around.orphans, ..Self::default() };
+        for (&id, &(port, deleting)) in &ports {
+            if port.host != around.host || !is_guarded(port) {
+                continue;
+            }
+            let tap = names::tap(id);
+            // A port to go is shut until its link is gone.
+            if deleting && !(around.has_link)(&tap) {
+                continue;
+            }
+            if let Some(bridge) = around.bridges.get(&port.network) {
+                model.bridges.insert(port.network, bridge.clone());
+            }
+            model.guard(id, port, tap, deleting, &groups);
+        }
+        model.members(&ports, &groups);
+        model
+    }
+
+    fn guard(
+        &mut self,
+        id: PortId,
+        port: &PortSpec,
+        tap: String,
+        deleting: bool,
+        groups: &BTreeMap<SecurityGroupId, Group>,
+    ) {
+        let mut known = BTreeSet::new();
+        for group in &port.security_groups {
+            if let Some(spec) = groups.get(group) {
+                known.insert(*group);
+                self.groups.entry(*group).or_insert_with(|| spec.clone());
+            } else if !deleting {
+                self.lacking.entry(id.object()).or_insert_with(|| {
+                    format!(
+                        "spec.security_groups: waits for the document of SecurityGroup {group}; \
+                         until it comes, the group allows nothing"
+                    )
+                });
+            }
+        }
+        let stateful = known.is_empty() || known.iter().any(|group| groups[group].spec().stateful);
+        let open = port.admin_up && !deleting;
+        let sources = sources(port);
+        let network = port.network;
+        self.guards.insert(id, Guard { tap, network, sources, groups: known, stateful, open });
+    }
+
+    /// Members of the groups that rules name, wherever they are.
+    fn members(
+        &mut self,
+        ports: &BTreeMap<PortId, (&PortSpec, bool)>,
+        groups: &BTreeMap<SecurityGroupId, Group>,
+    ) {
+        for (&id, group) in &self.groups {
+            for (index, rule) in group.spec().rules.iter().enumerate() {
+                let Some(remote) = rule.remote_group else { continue };
+                self.members.entry(remote).or_default();
+                if !groups.contains_key(&remote) {
+                    self.lacking.entry(id.object()).or_insert_with(|| {
+                        format!(
+                            "spec.rules[{index}].remote_group: no document of SecurityGroup \
+                             {remote} is here; the rule allows only ports that name it"
+                        )
+                    });
+                }
+            }
+        }
+        for (port, _) in ports.values().filter(|(_, deleting)| !deleting) {
+            for group in &port.security_groups {
+                if let Some(members) = self.members.get_mut(group) {
+                    members.extend(port.fixed_ips.iter().map(|fixed| IpNet::from(fixed.address)));
+                    members
+                        .extend(port.allowed_address_pairs.iter().map(|pair| pair.address.trunc()));
+                }
+            }
+        }
+    }
+
+    /// The guard that has `address` on a network.
+    #[must_use]
+    pub fn guard_of(&self, network: NetworkId, address: IpAddr) -> Option<(PortId, &Guard)> {
+        let on_it = |guard: &&Guard| guard.network == network && guard.has(address);
+        self.guards.iter().map(|(id, guard)| (*id, guard)).find(|(_, guard)| on_it(guard))
+    }
+}
+
+/// What a port may send from: its own addresses, its pairs, and the link-local address that each
+/// of its Ethernet addresses gives.
+fn sources(port: &PortSpec) -> BTreeSet<(MacAddr, IpNet)> {
+    let own = port.fixed_ips.iter().map(|fixed| (port.mac, IpNet::from(fixed.address)));
+    let pairs = port
+        .allowed_address_pairs
+        .iter()
+        .map(|pair| (pair.mac.unwrap_or(port.mac), pair.address.trunc()));
+    let mut sources: BTreeSet<(MacAddr, IpNet)> = own.chain(pairs).collect();
+    let macs: BTreeSet<MacAddr> = sources.iter().map(|(mac, _)| *mac).chain([port.mac]).collect();
+    sources.extend(macs.into_iter().map(|mac| (mac, IpNet::from(IpAddr::V6(link_local(mac))))));
+    sources
+}
+
+/// The link-local address that an Ethernet address gives (RFC 4291, appendix A).
+#[must_use]
+pub fn link_local(mac: MacAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0;
+    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+}
