@@ -10,9 +10,11 @@ mod support;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stackhand_network::NetworkAgent;
 use stackhand_runtime::agent::Agent;
+use stackhand_testkit::wait_for;
 use support::frames::Wire;
-use support::{Documents, Guest, agent, mac, network, on_a_host, port};
+use support::{Documents, Guest, agent, link, mac, network, on_a_host, port, short};
 use uuid::Uuid;
 
 /// Names the kind of tracking that the kernel is known to have.
@@ -73,6 +75,21 @@ impl Site {
         id
     }
 
+    /// A pass after which everything is active, and the bridge forwards to all guests.
+    async fn settle(&self, agent: &NetworkAgent) {
+        self.documents.settle(agent).await;
+        for (last, id) in &self.ports {
+            let tap = format!("tap{}", short(*id));
+            let forwards = || async {
+                let link = link(&tap).await?;
+                let is_up = link["flags"].as_array()?.contains(&json!("UP"));
+                let state = &link["linkinfo"]["info_slave_data"]["state"];
+                (!is_up || state == "forwarding").then_some(())
+            };
+            wait_for(Duration::from_secs(20), &format!("port {last} to forward"), forwards).await;
+        }
+    }
+
     /// A guest behind a port, with the port's addresses.
     async fn guest(&self, last: u8) -> (Guest, Wire) {
         let guest = Guest::start(&format!("g{last}"), self.id(last).unwrap(), &mac(last)).await;
@@ -108,11 +125,10 @@ mod matrix {
     use std::sync::Arc;
     use std::time::Instant;
 
-    use stackhand_network::NetworkAgent;
     use stackhand_runtime::agent::{Cause, Outcome};
     use stackhand_runtime::events::EventLog;
     use support::frames::{BROADCAST, Ends, arp, ethernet, mac_of, passes};
-    use support::{local, run, short, try_run};
+    use support::{local, run, try_run};
     use tokio::sync::Notify;
 
     use super::*;
@@ -149,7 +165,7 @@ mod matrix {
             site.port(12, &[], &json!({}));
             let ((a, _), (b, _), (c, _)) =
                 (site.guest(10).await, site.guest(11).await, site.guest(12).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             assert!(b.reaches(&four(10)).await, "ICMP to 10 is allowed, and so are its answers");
             assert!(b.reaches(&six(10)).await, "by IPv6, too");
             assert!(!a.reaches(&four(11)).await, "nothing is allowed to 11");
@@ -179,7 +195,7 @@ mod matrix {
             );
             site.port(11, &[open], &json!({}));
             let ((_, a), (_, b)) = (site.guest(10).await, site.guest(11).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let (me, you) = (four(10), four(11));
             let (me6, you6) = (six(10), six(11));
             let to = |from: &'static str| ends((10, from), (11, "10.7.0.11"));
@@ -306,7 +322,7 @@ mod matrix {
             }
             // With port security off all of it passes.
             site.port(10, &[], &json!({"port_security": false}));
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             for (number, (what, _, frame)) in cases.iter().enumerate() {
                 // The bridge itself forwards no frame of these addresses.
                 if frame[..5] == [1, 0x80, 0xc2, 0, 0] {
@@ -357,7 +373,7 @@ mod matrix {
             site.port(12, &[limited, friends], &json!({}));
             let ((_, a), (_, b), (_, c)) =
                 (site.guest(10).await, site.guest(11).await, site.guest(12).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let from_a = ends((10, "10.7.0.10"), (11, "10.7.0.11"));
             let from_a6 = ends((10, "fd00:7::a"), (11, "fd00:7::b"));
             let from_c = ends((12, "10.7.0.12"), (11, "10.7.0.11"));
@@ -420,7 +436,7 @@ mod matrix {
             site.port(12, &[out], &json!({}));
             let ((_, a), (_, b), (_, c)) =
                 (site.guest(10).await, site.guest(11).await, site.guest(12).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let (a_b, b_a) = (
                 ends((10, "10.7.0.10"), (11, "10.7.0.11")),
                 ends((11, "10.7.0.11"), (10, "10.7.0.10")),
@@ -442,7 +458,7 @@ mod matrix {
             assert!(passes(&b, &a, &b_a.udp(1000, 5, "answer"), &sentinel(0)).await);
             // The member leaves the group that the rule names.
             site.port(10, &[out], &json!({}));
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             assert!(
                 !passes(&b, &a, &b_a.udp(1000, 5, "late"), &sentinel(1)).await,
                 "the flow was cut"
@@ -453,18 +469,18 @@ mod matrix {
             assert!(!passes(&a, &b, &a_b.udp(5, 1000, "again"), &next).await);
             // It comes back.
             site.port(10, &[friends, out], &json!({}));
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             assert!(passes(&a, &b, &a_b.udp(5, 1000, "back"), &a_b.udp(5, 2000, "n2")).await);
             // The rule goes, another stays.
             site.group_of(server, true, &json!([quiet[1]]));
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             assert!(
                 !passes(&b, &a, &b_a.udp(1000, 5, "later"), &sentinel(2)).await,
                 "the rule is gone"
             );
             // A port goes administratively down: nothing passes it any more.
             site.port(12, &[out], &json!({"admin_up": false}));
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let receivers = run("nft list map bridge stackhand receivers").await;
             let shut = format!("\"tap{}\" : drop", short(site.id(12).unwrap()));
             assert!(receivers.contains(&shut), "{receivers}");
@@ -486,7 +502,7 @@ mod matrix {
             site.port(10, &[open], &json!({}));
             site.port(11, &[stateless], &json!({}));
             let ((_, a), (_, b)) = (site.guest(10).await, site.guest(11).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let (a_b, b_a) = (
                 ends((10, "10.7.0.10"), (11, "10.7.0.11")),
                 ends((11, "10.7.0.11"), (10, "10.7.0.10")),
@@ -499,7 +515,7 @@ mod matrix {
                 !passes(&b, &a, &b_a.udp(1000, 5, "answer"), &b_a.udp(1000, 7, "by a rule")).await
             );
             site.group_of(stateless, true, &rules);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             a.send(&a_b.udp(5, 1000, "again"));
             b.until(&a_b.udp(5, 1000, "again")).await;
             assert!(
@@ -523,7 +539,7 @@ mod matrix {
             };
             assert!(reason.contains(&later.to_string()), "{reason}");
             site.group_of(later, true, &all());
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             site.documents.rest(&agent).await;
         });
     }
@@ -536,7 +552,7 @@ mod matrix {
             let open = site.group(&all());
             site.port(11, &[open], &json!({"port_security": false}));
             let (_, b) = site.guest(11).await;
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             run("nft add table inet foreign").await;
             run("nft add table bridge foreign").await;
             site.port(10, &[open], &json!({}));
@@ -579,7 +595,7 @@ mod matrix {
             let port = site.port(10, &[open], &json!({}));
             site.port(11, &[open], &json!({}));
             let ((guest, _), (_, _)) = (site.guest(10).await, site.guest(11).await);
-            site.documents.settle(&agent).await;
+            site.settle(&agent).await;
             let whole = || async {
                 let mut listing = Vec::new();
                 for family in ["bridge", "inet"] {
