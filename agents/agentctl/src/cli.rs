@@ -3,9 +3,9 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    act, apply, completion, config, delete, doctor, events, export, facts, get, guest_console,
-    host, import_answers, init, instance, keygen, list, man, ping, reference, schema, show, top,
-    wait,
+    act, apply, completion, config, delete, doctor, events, explain, export, facts, get,
+    guest_console, host, import_answers, init, instance, keygen, list, man, ping, reference,
+    schema, show, top, wait,
 };
 use crate::settings::Globals;
 
@@ -68,6 +68,7 @@ pub(crate) enum Command {
     ConsoleLog(guest_console::ConsoleLog),
     Screenshot(instance::Screenshot),
     Top(top::Top),
+    Explain(explain::Explain),
     Export(export::Export),
     Schema(schema::Schema),
     Keygen(keygen::Keygen),

@@ -7,6 +7,7 @@ pub(crate) mod config;
 pub(crate) mod delete;
 pub(crate) mod doctor;
 pub(crate) mod events;
+pub(crate) mod explain;
 pub(crate) mod export;
 pub(crate) mod facts;
 pub(crate) mod get;
@@ -87,6 +88,7 @@ pub(crate) async fn run(command: &Command, session: &mut Session) -> Result<Exit
         Command::ConsoleLog(args) => guest_console::log(args, session).await,
         Command::Screenshot(args) => instance::screenshot(args, session).await,
         Command::Top(args) => top::run(args, session).await,
+        Command::Explain(args) => explain::run(args, session).await,
         Command::Export(args) => export::run(args, session).await,
         Command::Schema(args) => schema::run(args, session),
         Command::Keygen(args) => keygen::run(args, session),

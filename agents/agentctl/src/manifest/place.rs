@@ -44,19 +44,24 @@ struct World<'a> {
     documents: &'a BTreeMap<ObjectRef, Document>,
     ports: BTreeMap<Uuid, &'a PortSpec>,
     ports_of_network: BTreeMap<Uuid, Vec<Uuid>>,
+    ports_of_group: BTreeMap<Uuid, Vec<Uuid>>,
 }
 
 impl<'a> World<'a> {
     fn of(documents: &'a BTreeMap<ObjectRef, Document>) -> Self {
         let mut ports = BTreeMap::new();
         let mut ports_of_network: BTreeMap<Uuid, Vec<Uuid>> = BTreeMap::new();
+        let mut ports_of_group: BTreeMap<Uuid, Vec<Uuid>> = BTreeMap::new();
         for document in documents.values() {
             if let Spec::Port(port) = &document.spec {
                 ports.insert(document.id, port);
                 ports_of_network.entry(port.network.0).or_default().push(document.id);
+                for group in &port.security_groups {
+                    ports_of_group.entry(group.0).or_default().push(document.id);
+                }
             }
         }
-        Self { documents, ports, ports_of_network }
+        Self { documents, ports, ports_of_network, ports_of_group }
     }
 
     fn specs(&self) -> impl Iterator<Item = (ObjectRef, &'a Spec)> + use<'a> {
@@ -172,12 +177,28 @@ impl<'a> World<'a> {
         }
     }
 
+    /// Members of the groups that a security group's rules name, on whatever network.
+    fn members(&self, spec: &Spec) -> impl Iterator<Item = ObjectRef> + use<'_> {
+        let rules = match spec {
+            Spec::SecurityGroup(group) => &*group.rules,
+            _ => &[],
+        };
+        let groups: BTreeSet<Uuid> =
+            rules.iter().filter_map(|rule| rule.remote_group).map(|group| group.0).collect();
+        groups
+            .into_iter()
+            .filter_map(|group| self.ports_of_group.get(&group))
+            .flatten()
+            .map(|port| ObjectRef { kind: Kind::Port, id: *port })
+    }
+
     /// Adds everything that the objects refer to, and what that refers to.
     fn close(&self, objects: &mut BTreeSet<ObjectRef>) {
         let mut open: Vec<ObjectRef> = objects.iter().copied().collect();
         while let Some(object) = open.pop() {
             let Some(document) = self.documents.get(&object) else { continue };
-            for (_, to) in references(document) {
+            let referred = references(document).into_iter().map(|(_, to)| to);
+            for to in referred.chain(self.members(&document.spec)) {
                 if self.documents.contains_key(&to) && objects.insert(to) {
                     open.push(to);
                 }

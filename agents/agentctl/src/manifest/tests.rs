@@ -312,6 +312,17 @@ fn a_host_gets_what_it_needs_and_nothing_else() {
 }
 
 #[test]
+fn a_host_gets_the_members_that_its_rules_name_from_other_networks_too() {
+    let manifest = TWO_HOSTS.replace("host: node3}", "host: node3, security_groups: [db]}");
+    let plan = planned(&manifest, &cloud(&["node1", "node2", "node3"]), false);
+    let gets = |host: &str, name: &str| {
+        plan.items.iter().any(|it| it.place.host == host && it.document.name.as_str() == name)
+    };
+    assert!(gets("node1", "c"), "group web of port a allows members of db, of which c is one");
+    assert!(!gets("node3", "a"), "nothing on node3 names web");
+}
+
+#[test]
 fn documents_held_elsewhere_are_copied_where_they_become_needed() {
     let held = cloud(&["node1", "node2", "node3"]);
     let held = carried_out(&planned(TWO_HOSTS, &held, false), held);
