@@ -76,7 +76,7 @@ impl Guarding {
 /// Whether there is anything to filter, or tables of ours are left from a time when there was.
 async fn needs(state: &State, model: &Model) -> Result<bool, String> {
     let State::Untried(Some(host)) = state else { return Ok(true) };
-    if !model.guards.is_empty() || !model.spared.is_empty() {
+    if !model.guards.is_empty() {
         return Ok(true);
     }
     let seen = host.observe().await.map_err(|error| Chain(&error).to_string())?;

@@ -100,11 +100,14 @@ impl<H: FirewallHost> Enforcer<H> {
         Ok(done)
     }
 
-    /// The plan; `None` if neither model nor tables changed since the last time.
+    /// The plan; `None` if neither model nor tables changed since the last time, or if it is not
+    /// known what should be.
     fn compare(&mut self, model: &Model, seen: &Arc<Ruleset>) -> Option<Plan> {
         let same =
             |(last, tables): &(Model, Arc<Ruleset>)| Arc::ptr_eq(tables, seen) && last == model;
-        if self.last.as_ref().is_some_and(same) {
+        // Nothing is known but that taps of ours are there: what filters them stays as it is.
+        let only_spares = model.guards.is_empty() && !model.spared.is_empty();
+        if only_spares || self.last.as_ref().is_some_and(same) {
             return None;
         }
         let zones = zones_of(model, seen);

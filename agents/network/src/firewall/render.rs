@@ -101,7 +101,7 @@ pub fn render(
     zones: &BTreeMap<String, u16>,
     rendered: &mut Rendered,
 ) -> Ruleset {
-    if model.guards.is_empty() && model.spared.is_empty() {
+    if model.guards.is_empty() {
         return Ruleset::default();
     }
     rendered.0.retain(|id, _| model.groups.contains_key(id));

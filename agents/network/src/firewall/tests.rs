@@ -264,8 +264,11 @@ proptest! {
             let mut enforcer = Enforcer::new(FakeFirewall::default(), Tracking::Bridge);
             enforcer.enforce(&one).await.unwrap();
             let whole = enforcer.host().ruleset();
-            let taps = one.guards.values().map(|guard| guard.tap.clone()).collect();
-            let lost = Model { spared: taps, ..Model::default() };
+            // The documents of all ports but one are lost.
+            let mut lost = one.clone();
+            while lost.guards.len() > 1 {
+                lost.spared.extend(lost.guards.pop_first().map(|(_, guard)| guard.tap));
+            }
             enforcer.enforce(&lost).await.unwrap();
             prop_assert_eq!(enforcer.host().ruleset(), whole);
             Ok(())
@@ -317,10 +320,17 @@ fn zones_are_kept_and_the_lowest_free_one_is_taken() {
     };
     let both = zones([network(1), network(2)].into(), &Ruleset::default());
     assert_eq!(both.values().copied().collect::<Vec<_>>(), [4097, 4098]);
-    let mut model = Model { bridges: [network(2)].into(), ..Model::default() };
-    model.spared.insert("tap".into());
-    let seen =
-        render(&model, Tracking::Bridge, &[("brq2".into(), 4098)].into(), &mut Rendered::default());
+    let guard = Guard {
+        tap: "tap1".into(),
+        network: network(2).0,
+        sources: BTreeSet::new(),
+        groups: BTreeSet::new(),
+        stateful: true,
+        open: true,
+    };
+    let model = Model { guards: [(PortId(id(1)), guard)].into(), ..Model::default() };
+    let taken = [("brq2".into(), 4098)].into();
+    let seen = render(&model, Tracking::Bridge, &taken, &mut Rendered::default());
     let later = zones([network(2), network(3)].into(), &seen);
     assert_eq!(later, [("brq2".into(), 4098), ("brq3".into(), 4097)].into());
 }
