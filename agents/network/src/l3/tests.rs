@@ -239,6 +239,7 @@ fn a_note_names_flows_that_were_translated_in_or_out_and_no_others() {
         protocol: 6,
         source_port: 40000,
         destination_port: port,
+        icmp: None,
     };
     let all = Entry::Cut { protocol: 0, address: outer(5), port: 0 };
     let door = Entry::Cut { protocol: 6, address: outer(5), port: 80 };
