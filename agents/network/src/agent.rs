@@ -146,7 +146,7 @@ impl NetworkAgent {
         };
         let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
         let host = Arc::new(NetlinkHost::new());
-        let firewall = KernelFirewall::open(host.write_count().clone());
+        let firewall = KernelFirewall::open(host.write_count());
         Ok(Self {
             local,
             grace,

@@ -76,7 +76,7 @@ pub enum FirewallError {
     Kernel(#[from] KernelError),
     /// `nft` could not load a script.
     #[error("nft did not take the rules")]
-    Nft(#[source] ExecError),
+    Nft(#[source] Box<ExecError>),
     /// The kernel lacks something that no firewall can do without.
     #[error("{0}")]
     Unable(String),

@@ -256,7 +256,8 @@ fn unfolded(shape: Shape, elements: &[Element]) -> Vec<Element> {
 
 async fn nft(arguments: &[&str], script: String) -> Result<(), FirewallError> {
     let program = Program::new(NFT).args(arguments.iter().copied()).args(["-f", "-"]);
-    program.stdin(script).limit(LIMIT).run().await.map(drop).map_err(FirewallError::Nft)
+    let loaded = program.stdin(script).limit(LIMIT).run().await;
+    loaded.map(drop).map_err(|error| FirewallError::Nft(Box::new(error)))
 }
 
 /// Has the kernel check the rules of a small firewall, without loading them.

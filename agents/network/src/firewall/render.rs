@@ -76,11 +76,13 @@ const MACS: &str = "macs";
 
 /// Chains of groups as they were rendered last: a group that did not change costs nothing.
 #[derive(Clone, Debug, Default)]
-pub struct Rendered(BTreeMap<SecurityGroupId, (Group, [Arc<Vec<Rule>>; 2])>);
+pub struct Rendered(BTreeMap<SecurityGroupId, (Group, Rules)>);
+
+/// The rules of a group, in and out.
+type Rules = [Arc<Vec<Rule>>; 2];
 
 impl Rendered {
-    /// The rules of a group, in and out.
-    fn rules(&mut self, id: SecurityGroupId, group: &Group) -> &[Arc<Vec<Rule>>; 2] {
+    fn rules(&mut self, id: SecurityGroupId, group: &Group) -> &Rules {
         if self.0.get(&id).is_none_or(|(known, _)| known != group) {
             let rules = [Direction::Ingress, Direction::Egress].map(|direction| {
                 let lines = clauses::clauses(group.spec(), direction);

@@ -293,7 +293,8 @@ impl Plan {
                 there.base == want.base
                     && (Arc::ptr_eq(&there.rules, &want.rules) || there.rules == want.rules)
             });
-            if !same && !(want.rules.is_empty() && !seen.chains.contains_key(chain)) {
+            let is_new_and_empty = want.rules.is_empty() && !seen.chains.contains_key(chain);
+            if !same && !is_new_and_empty {
                 self.before.push(Edit::Fill(name, chain.clone(), want.rules.clone()));
             }
         }
