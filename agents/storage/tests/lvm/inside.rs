@@ -1,23 +1,29 @@
 //! What runs inside the machines, and what its tests share.
 
 mod exports;
+mod killed;
 mod volumes;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stackhand_model::{Connection, IscsiClient, Secret, SnapshotId, VolumeId};
+use serde_json::{Value, json};
+use stackhand_bus::local::LocalTransport;
+use stackhand_model::{
+    AgentKind, Connection, Document, IscsiClient, Kind, Secret, SnapshotId, State, VolumeId,
+};
+use stackhand_runtime::client::AgentClient;
 use stackhand_storage::attach;
 use stackhand_storage::backend::lvm::{Allocation, LvmBackend, Options};
 use stackhand_storage::backend::{Backend, BackendError, Item, Presence, Progress, Usage};
 use stackhand_storage::export::lio::{self, Lio};
 use stackhand_storage::export::{Admission, Exporter, Target, target_name};
-use stackhand_testkit::wait_for_sync;
+use stackhand_testkit::{Spawned, wait_for, wait_for_sync};
 use uuid::Uuid;
 
 pub(super) const GROUP: &str = "cinder-volumes";
@@ -115,4 +121,12 @@ pub(super) fn connection(volume: VolumeId, password: &str) -> Connection {
         username: Some("sh-user".into()),
         password: Some(Secret(password.into())),
     }
+}
+
+pub(super) fn document(kind: &str, id: u128, generation: u64, spec: &Value) -> Document {
+    let (name, id) = (format!("{}{id}", kind.to_lowercase()), Uuid::from_u128(id));
+    Document::from_value(&json!({
+        "kind": kind, "id": id, "name": name, "generation": generation, "spec": spec,
+    }))
+    .unwrap()
 }

@@ -36,6 +36,11 @@ mod lab {
     fn the_kernels_target_lets_in_whom_it_should_and_open_iscsi_finds_the_right_device() {
         inside("exports::lio");
     }
+
+    #[test]
+    fn an_agent_killed_before_and_after_each_command_of_lvm_finishes_what_it_had_begun() {
+        inside("killed::agent");
+    }
 }
 
 mod inside;
