@@ -144,8 +144,9 @@ impl NetworkAgent {
             let stuck = lock(&helped).clone();
             ask(&stuck);
         };
-        let watcher = Watcher::start(Arc::new(heard)).map_err(StartProblem::Listen)?;
         let host = Arc::new(NetlinkHost::new());
+        let watcher = Watcher::start(Arc::new(heard), host.freshness());
+        let watcher = watcher.map_err(StartProblem::Listen)?;
         let firewall = KernelFirewall::open(host.write_count());
         Ok(Self {
             local,
@@ -392,6 +393,9 @@ impl Agent for NetworkAgent {
         let _turn = self.turn.lock().await;
         *lock(&self.desired) = Some(Arc::clone(&work.desired));
         let before = self.host.writes();
+        if work.cause == Cause::Timer {
+            self.host.freshness().all_changed();
+        }
         self.watcher.about_to_look().await;
         let mut look = match self.look_and_plan(&work.desired).await {
             Ok(looked) => looked,

@@ -183,7 +183,12 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn fail(&mut self, object: ObjectRef, reason: impl Into<String>) {
-        self.wish.standing.entry(object).or_insert_with(|| Standing::Failed(reason.into()));
+        let standing = self.wish.standing.entry(object);
+        // What somebody has to act on is told before what may come by itself.
+        let standing = standing.or_insert_with(|| Standing::Pending(String::new()));
+        if let Standing::Pending(_) = standing {
+            *standing = Standing::Failed(reason.into());
+        }
     }
 
     fn wait(&mut self, object: ObjectRef, reason: impl Into<String>) {

@@ -152,6 +152,20 @@ pub trait RouterNet: Send + Sync {
     fn apply(&self, change: &Change) -> impl Future<Output = Result<(), KernelError>> + Send;
 }
 
+impl Change {
+    /// The namespace that it is in.
+    #[must_use]
+    pub fn space(&self) -> &str {
+        match self {
+            Self::Build { space, .. }
+            | Self::Translate { space, .. }
+            | Self::Cut { space, .. }
+            | Self::SetRoute { space, .. }
+            | Self::RemoveRoute { space, .. } => space,
+        }
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |entries: &BTreeSet<Entry>| {

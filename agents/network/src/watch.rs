@@ -16,6 +16,7 @@ use stackhand_kernel::{KernelError, Netns, NetnsId};
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
+use crate::freshness::Freshness;
 use crate::names;
 
 /// How long events are collected before they wake the runtime.
@@ -30,6 +31,7 @@ pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 /// Listens to the host and to the namespaces of its networks.
 pub(crate) struct Watcher {
     signal: Arc<Signal>,
+    freshness: Arc<Freshness>,
     host: JoinHandle<()>,
     nft: JoinHandle<()>,
     spaces: Mutex<BTreeMap<String, (NetnsId, JoinHandle<()>)>>,
@@ -79,13 +81,13 @@ impl Watcher {
     /// # Errors
     ///
     /// Passes on the kernel's refusal.
-    pub(crate) fn start(wake: Wake) -> Result<Self, KernelError> {
+    pub(crate) fn start(wake: Wake, freshness: Arc<Freshness>) -> Result<Self, KernelError> {
         let ignores_nft = AtomicBool::new(false);
         let signal = Arc::new(Signal { dirty: AtomicBool::new(false), ignores_nft, wake });
         let monitor = Monitor::open()?;
-        let host = tokio::spawn(listen(monitor, Arc::clone(&signal), true));
+        let host = tokio::spawn(listen(monitor, Arc::clone(&signal), None));
         let nft = tokio::spawn(listen_to_nft(NftMonitor::open()?, Arc::clone(&signal)));
-        Ok(Self { signal, host, nft, spaces: Mutex::default() })
+        Ok(Self { signal, freshness, host, nft, spaces: Mutex::default() })
     }
 
     /// The caller changes nftables now: what is heard of it is no news.
@@ -124,9 +126,11 @@ impl Watcher {
             let open = move || open().map_err(std::io::Error::other);
             match space.inside("listen", open).await {
                 Ok((monitor, rules)) => {
-                    let signal = || Arc::clone(&self.signal);
-                    let links = listen(monitor, signal(), false);
-                    let rules = listen_to_rules(rules, signal());
+                    self.freshness.listening(name);
+                    let (freshness, space) = (Arc::clone(&self.freshness), name.clone());
+                    let place = Place { freshness, space };
+                    let links = listen(monitor, Arc::clone(&self.signal), Some(place.clone()));
+                    let rules = listen_to_rules(rules, Arc::clone(&self.signal), place);
                     let task = tokio::spawn(async {
                         let ((), ()) = tokio::join!(links, rules);
                     });
@@ -146,6 +150,7 @@ impl Watcher {
             let stays = !goes(name);
             if !stays {
                 task.abort();
+                self.freshness.deaf(name);
             }
             stays
         });
@@ -156,17 +161,28 @@ impl Watcher {
     }
 }
 
-async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
+/// A namespace that is listened to.
+#[derive(Clone)]
+struct Place {
+    freshness: Arc<Freshness>,
+    space: String,
+}
+
+/// Listens to the host, or to one of its namespaces.
+async fn listen(mut monitor: Monitor, signal: Arc<Signal>, inside: Option<Place>) {
     loop {
         while let Some(event) = monitor.next().await {
-            if !matters(&event, !reopen) {
+            if let Some(place) = &inside {
+                place.freshness.changed(&place.space);
+            }
+            if !matters(&event, inside.is_some()) {
                 continue;
             }
             debug!(?event, "the host changed");
             signal.heard();
         }
-        if !reopen {
-            return;
+        if let Some(place) = inside {
+            return place.freshness.deaf(&place.space);
         }
         warn!("lost the socket that tells of changes; opening another");
         monitor = loop {
@@ -179,10 +195,12 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, reopen: bool) {
     }
 }
 
-async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>) {
+async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>, place: Place) {
     while monitor.next().await.is_some() {
+        place.freshness.changed(&place.space);
         signal.heard();
     }
+    place.freshness.deaf(&place.space);
 }
 
 /// Listens to changes of the tables that bear our name.

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
 use stackhand_kernel::netlink::{
@@ -18,6 +18,7 @@ use stackhand_model::MacAddr;
 
 use super::{At, BRIDGE, Change, HostNet, Make, Owner, ROUTING, Seen, SeenKind, SeenLink, Set};
 use crate::desired::METADATA_V6;
+use crate::freshness::{Dated, Freshness};
 use crate::names::{self, Mark, UNFINISHED_GROUP};
 
 /// The Ethernet address under which a VXLAN link files its flood list.
@@ -32,11 +33,22 @@ pub struct NetlinkHost {
     writes: WriteCount,
     host: Mutex<Option<Links>>,
     spaces: Mutex<BTreeMap<String, (NetnsId, Links)>>,
+    freshness: Arc<Freshness>,
+    /// What was seen of namespaces.
+    kept: Mutex<BTreeMap<String, Dated<Arc<Inside>>>>,
     /// Numbers of links, as last seen or made.
     indices: Mutex<BTreeMap<At, u32>>,
     /// Groups that some link is in, as last seen.
     groups: Mutex<BTreeSet<u32>>,
     doomed: AtomicU32,
+}
+
+/// What a namespace had when it was looked at.
+#[derive(Debug)]
+struct Inside {
+    id: NetnsId,
+    links: Vec<Link>,
+    addresses: Vec<Address>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -49,6 +61,12 @@ impl NetlinkHost {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Which namespaces have changed; who listens to them tells it here.
+    #[must_use]
+    pub fn freshness(&self) -> Arc<Freshness> {
+        Arc::clone(&self.freshness)
     }
 
     /// Changes made to the kernel so far.
@@ -155,22 +173,64 @@ impl NetlinkHost {
             .into_iter()
             .filter(|name| names::object_of_space(name).is_some())
             .collect();
-        lock(&self.spaces).retain(|name, _| names.contains(name));
+        lock(&self.spaces).retain(|name, _| names.binary_search(name).is_ok());
+        lock(&self.kept).retain(|name, _| names.binary_search(name).is_ok());
         for name in names {
             // A file without a namespace behind it is what a crash left: as good as none.
-            if Netns::named(&name)?.id().is_none() {
-                continue;
-            }
-            let inside = self.space_links(&name).await?;
-            let links = inside.links().await?;
-            let addresses = inside.addresses().await?;
-            groups.extend(links.iter().map(|link| link.group));
-            take(&mut seen, &mut indices, Some(&name), &links, &addresses);
-            seen.spaces.insert(name, owner_of_space(&links));
+            let Some(id) = Netns::named(&name)?.id() else { continue };
+            let inside = self.inside(&name, id).await?;
+            groups.extend(inside.links.iter().map(|link| link.group));
+            take(&mut seen, &mut indices, Some(&name), &inside.links, &inside.addresses);
+            seen.spaces.insert(name, owner_of_space(&inside.links));
         }
         *lock(&self.indices) = indices;
         *lock(&self.groups) = groups;
         Ok(seen)
+    }
+
+    /// What a namespace has: as seen before if nothing changed, or looked at.
+    async fn inside(&self, name: &str, id: NetnsId) -> Result<Arc<Inside>, KernelError> {
+        let number = self.freshness.number(name);
+        let kept = lock(&self.kept).get(name).and_then(|kept| kept.still(number));
+        if let Some(inside) = kept.filter(|inside| inside.id == id) {
+            return Ok(inside);
+        }
+        let links = self.space_links(name).await?;
+        let (links, addresses) = (links.links().await?, links.addresses().await?);
+        let inside = Arc::new(Inside { id, links, addresses });
+        if let Some(number) = number {
+            let kept = Dated::new(number, Arc::clone(&inside));
+            lock(&self.kept).insert(name.to_owned(), kept);
+        }
+        Ok(inside)
+    }
+
+    /// Says which namespaces a change of ours was in.
+    fn changed(&self, change: &Change) {
+        match change {
+            Change::MakeSpace { space, .. } | Change::DeleteSpace { space } => {
+                self.freshness.changed(space);
+            }
+            Change::Make { at, make, .. } => {
+                let peer = match make {
+                    Make::Pair { peer, .. } => peer.space.as_deref(),
+                    _ => None,
+                };
+                [at.space.as_deref(), peer].into_iter().flatten().for_each(|space| {
+                    self.freshness.changed(space);
+                });
+            }
+            Change::Set { at, .. }
+            | Change::AddAddress { at, .. }
+            | Change::RemoveAddress { at, .. } => {
+                if let Some(space) = &at.space {
+                    self.freshness.changed(space);
+                }
+            }
+            // The other ends of pairs go with them, wherever they are.
+            Change::Delete { .. } => self.freshness.all_changed(),
+            _ => {}
+        }
     }
 
     /// Reads what bridges and overlays of ours were told.
@@ -412,6 +472,14 @@ impl HostNet for NetlinkHost {
     }
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {
+        let result = self.perform(change).await;
+        self.changed(change);
+        result
+    }
+}
+
+impl NetlinkHost {
+    async fn perform(&self, change: &Change) -> Result<(), KernelError> {
         match change {
             Change::MakeSpace { space, mark } => self.make_space(space, *mark).await,
             Change::DeleteSpace { space } => self.delete_space(space),

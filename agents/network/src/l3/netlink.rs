@@ -16,6 +16,7 @@ use tokio::sync::OnceCell;
 
 use super::nat::{SCRIPT, SETS, table};
 use super::{Change, Entry, Hop, RouterNet, Seen, SeenNat, SeenRoute, SeenRouter};
+use crate::freshness::Dated;
 use crate::l2::At;
 use crate::l2::netlink::NetlinkHost;
 
@@ -28,6 +29,8 @@ pub struct KernelRouters {
     host: Arc<NetlinkHost>,
     sockets: Mutex<BTreeMap<String, (NetnsId, Netfilter)>>,
     rules: OnceCell<Structure>,
+    /// What was seen of namespaces.
+    kept: Mutex<BTreeMap<String, Dated<(NetnsId, SeenRouter)>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -38,12 +41,13 @@ impl KernelRouters {
     /// The routers of a host whose links are layer 2's.
     #[must_use]
     pub fn new(host: Arc<NetlinkHost>) -> Self {
-        Self { host, sockets: Mutex::default(), rules: OnceCell::new() }
+        Self { host, sockets: Mutex::default(), rules: OnceCell::new(), kept: Mutex::default() }
     }
 
     /// Closes the sockets in namespaces that are to go.
     pub fn leave(&self, goes: impl Fn(&str) -> bool) {
         lock(&self.sockets).retain(|name, _| !goes(name));
+        lock(&self.kept).retain(|name, _| !goes(name));
     }
 
     async fn netfilter(&self, name: &str) -> Result<Netfilter, KernelError> {
@@ -69,14 +73,25 @@ impl KernelRouters {
     async fn look(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
         let mut seen = Seen::new();
         for name in spaces {
-            if Netns::named(name)?.id().is_none() {
-                continue;
-            }
-            let routes = self.routes(name).await?;
-            let nat = self.nat(name).await?;
-            seen.insert(name.clone(), SeenRouter { routes, nat });
+            let Some(id) = Netns::named(name)?.id() else { continue };
+            seen.insert(name.clone(), self.router(name, id).await?);
         }
         Ok(seen)
+    }
+
+    /// What a router has: as seen before if nothing changed, or looked at.
+    async fn router(&self, space: &str, id: NetnsId) -> Result<SeenRouter, KernelError> {
+        let number = self.host.freshness().number(space);
+        let kept = lock(&self.kept).get(space).and_then(|kept| kept.still(number));
+        if let Some((_, router)) = kept.filter(|(known, _)| *known == id) {
+            return Ok(router);
+        }
+        let router = SeenRouter { routes: self.routes(space).await?, nat: self.nat(space).await? };
+        if let Some(number) = number {
+            let kept = Dated::new(number, (id, router.clone()));
+            lock(&self.kept).insert(space.to_owned(), kept);
+        }
+        Ok(router)
     }
 
     async fn routes(&self, space: &str) -> Result<BTreeMap<ipnet::IpNet, SeenRoute>, KernelError> {
@@ -178,6 +193,14 @@ impl RouterNet for KernelRouters {
     }
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {
+        let result = self.perform(change).await;
+        self.host.freshness().changed(change.space());
+        result
+    }
+}
+
+impl KernelRouters {
+    async fn perform(&self, change: &Change) -> Result<(), KernelError> {
         match change {
             Change::Build { space, replace, entries } => {
                 let mut batch = Vec::new();

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::support::{Documents, Guest, mac, run};
 
 /// What documents there are, by role.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Routed {
     pub(crate) documents: Documents,
     pub(crate) ext: Uuid,
@@ -67,7 +67,12 @@ impl Routed {
         };
         let Self { ext, a, b, gateway, on_a, on_b, web, db, .. } = routed;
         let documents = &mut routed.documents;
-        documents.put("Host", "one", id(), json!({"bridge_mappings": {"public": "eth1"}}));
+        documents.put(
+            "Host",
+            "one",
+            Uuid::from_u128(1),
+            json!({"bridge_mappings": {"public": "eth1"}}),
+        );
         let subnets = |subnet: Value| json!({"type": "local", "subnets": [subnet]});
         let public = json!({
             "type": "flat", "physical_network": "public", "external": true,
