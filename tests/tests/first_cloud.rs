@@ -21,6 +21,9 @@ use stackhand_testkit::{Spawned, bin, wait_for_sync};
 /// What a command may take, on a machine that is busy with other tests.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Documents of the first cloud, with what agentctl makes: the host, ports and the attachment.
+const OBJECTS: usize = 16;
+
 /// The top of the tree.
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -51,9 +54,10 @@ struct Host(PathBuf);
 /// The machine of the manifest.
 struct Guest {
     instance: String,
-    /// Namespace of its network's DHCP server, where it is reached from.
-    space: String,
+    /// Its address on its own network.
     address: String,
+    /// The address by which the world outside reaches it.
+    floating: String,
 }
 
 impl Guest {
@@ -61,9 +65,9 @@ impl Guest {
         format!("instance-{}", &self.instance[..8])
     }
 
-    /// The command that pings it.
+    /// The command that pings it from outside.
     fn ping<'a, const N: usize>(&'a self, options: [&'a str; N]) -> Vec<&'a str> {
-        let command = ["ip", "netns", "exec", &self.space, "ping", "-n", &self.address];
+        let command = ["ip", "netns", "exec", "provider", "ping", "-n", &self.floating];
         command.into_iter().chain(options).collect()
     }
 }
@@ -81,6 +85,11 @@ impl Host {
 
     fn down(&self) {
         run(&Self::script(), ["down", self.path()]);
+    }
+
+    /// Gives it links to the world outside and to other hosts.
+    fn meet_provider(&self) {
+        run(&top().join("scripts/provider"), [self.path()]);
     }
 
     fn script() -> PathBuf {
@@ -139,12 +148,17 @@ impl Cloud {
                 "state_dir = {state:?}\n[http]\nlisten = \"unix:{}\"\n",
                 at(&format!("{agent}.http")).display()
             );
+            if agent == AgentKind::Network {
+                own += "[network]\ntunnel_address = \"192.0.2.11\"\n\
+                        bridge_mappings = { extnet = \"ext0\" }\n";
+            }
             if agent == AgentKind::Compute {
                 own += "[compute]\nvirt_type = \"qemu\"\ndisk_cache = \"writeback\"\n";
             }
             fs::write(at("etc").join(format!("{agent}.toml")), own).unwrap();
         }
         let host = Host::new(at("host"));
+        host.meet_provider();
         Self { agents: BTreeMap::new(), host, name, folder, guest }
     }
 
@@ -183,7 +197,8 @@ impl Cloud {
     fn with_manifest(&self, arguments: &[&str]) -> String {
         let manifest = top().join("examples/first-cloud.yaml");
         let guest = format!("GUEST={}", self.guest);
-        let given = ["-f", manifest.to_str().unwrap(), "--set", &guest];
+        let key = "KEY=ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFirstCloudTestKey test";
+        let given = ["-f", manifest.to_str().unwrap(), "--set", &guest, "--set", key];
         self.agentctl(&[arguments, &given].concat())
     }
 
@@ -229,14 +244,16 @@ impl Cloud {
         let applied = self.with_manifest(&["apply", "--wait=60"]);
         assert!(applied.contains("create"), "{applied}");
         let held = self.held();
-        assert!(held.len() == 9 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        assert!(held.len() == OBJECTS && held.iter().all(|it| it.2 == "active"), "{held:?}");
         let id = |kind: &str, name: &str| self.get(kind, name)["id"].as_str().unwrap().to_owned();
-        let port = self.get("port", "demo-port");
+        let port = self.get("port", "demo-int1");
         let address = port["document"]["spec"]["fixed_ips"][0]["address"].as_str().unwrap();
+        let floating = self.get("floatingip", "demo-ip");
+        let floating = floating["document"]["spec"]["address"].as_str().unwrap();
         let guest = Guest {
             instance: id("instance", "demo"),
-            space: format!("qdhcp-{}", id("network", "int1")),
             address: address.to_owned(),
+            floating: floating.to_owned(),
         };
         self.wait_for_guest(&guest);
         guest
@@ -268,6 +285,7 @@ impl Cloud {
             fs::remove_file(entry.unwrap().path()).unwrap();
         }
         self.host.up();
+        self.host.meet_provider();
         self.start_all();
     }
 
@@ -391,15 +409,23 @@ mod guest {
         assert_eq!(runs, running, "the domain was started anew");
         assert_eq!(cloud.console(&guest.instance), said, "the guest noticed");
         let held = cloud.held();
-        assert!(held.len() == 9 && held.iter().all(|(_, _, state)| state == "active"), "{held:?}");
+        assert!(
+            held.len() == OBJECTS && held.iter().all(|(_, _, state)| state == "active"),
+            "{held:?}"
+        );
 
         // All of it goes.
         cloud.with_manifest(&["delete", "--wait"]);
-        assert_eq!(cloud.held(), []);
+        // What is left tells of the host itself.
+        let held = cloud.held();
+        assert!(held.len() == 1 && held[0].0 == "Host", "{held:?}");
         assert_eq!(cloud.host.run(["virsh", "list", "--all", "--name"]).trim(), "");
         let links = cloud.host.run(["ip", "-oneline", "link", "show"]);
-        assert!(links.lines().count() == 1 && links.contains(" lo: "), "{links}");
-        assert_eq!(cloud.host.run(["ip", "netns", "list"]), "");
+        let theirs = ["lo:", "ext0@", "under0@", "under1@"];
+        let ours = links.lines().filter(|link| !theirs.iter().any(|name| link.contains(name)));
+        assert_eq!(ours.collect::<Vec<_>>(), [] as [&str; 0]);
+        let spaces = cloud.host.run(["ip", "netns", "list"]);
+        assert!(spaces.lines().count() == 1 && spaces.starts_with("provider"), "{spaces}");
         assert_eq!(cloud.files("compute/instances"), [] as [PathBuf; 0]);
         let volumes = cloud.files("storage/volumes");
         assert!(volumes.iter().all(|path| path.ends_with(".stackhand")), "{volumes:?}");
@@ -429,7 +455,7 @@ mod guest {
         });
         cloud.wait_for_guest(&guest);
         let held = cloud.held();
-        assert!(held.len() == 9 && held.iter().all(|it| it.2 == "active"), "{held:?}");
+        assert!(held.len() == OBJECTS && held.iter().all(|it| it.2 == "active"), "{held:?}");
         assert_eq!(cloud.files("storage/volumes"), volume);
         let again = cloud.with_manifest(&["apply", "--wait=60"]);
         assert!(!again.contains("create") && !again.contains("update"), "{again}");

@@ -14,7 +14,11 @@ pub fn checks(loaded: &Loaded<ComputeSection>) -> Vec<Check> {
     let (tool, virt_type) = (section.qemu_img.clone(), section.virt_type);
     vec![
         Check::blocking("qemu-img", move || vec![program(&tool)]),
-        Check::blocking("kvm", move || vec![kvm(virt_type, Path::new("/dev/kvm"))]),
+        Check::blocking("kvm", move || {
+            let mut found = vec![kvm(virt_type, Path::new("/dev/kvm"))];
+            found.extend(processor(virt_type, Path::new("/proc/cpuinfo")));
+            found
+        }),
     ]
 }
 
@@ -51,11 +55,47 @@ fn kvm(virt_type: VirtType, device: &Path) -> Finding {
     }
 }
 
+/// Without one of these flags the processor, or the machine that this one is a guest of, offers no
+/// virtualisation, whatever modules are loaded.
+fn processor(virt_type: VirtType, cpuinfo: &Path) -> Option<Finding> {
+    let text = std::fs::read_to_string(cpuinfo).ok()?;
+    let mut flags = text.lines().filter_map(|line| line.strip_prefix("flags")).peekable();
+    // Processors that tell no flags at all are not those that these two words are about.
+    flags.peek()?;
+    let offered = flags.any(|line| line.split_whitespace().any(|it| it == "vmx" || it == "svm"));
+    (!offered && virt_type != VirtType::Qemu).then(|| {
+        Finding::warning(
+            "kvm",
+            "the processor offers no virtualisation: it has neither the flag vmx nor svm",
+            "turn on VT-x or AMD-V in the firmware; in a virtual machine, nested virtualisation on \
+             its host (or set compute.virt_type to qemu: guests run slowly)",
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use stackhand_runtime::preflight::Severity;
 
     use super::*;
+
+    #[test]
+    fn a_processor_without_virtualisation_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str, text: &str| {
+            let path = root.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let none = at("none", "processor\t: 0\nflags\t\t: fpu vme\n");
+        let intel = at("intel", "processor\t: 0\nflags\t\t: fpu vmx\n");
+        let other = at("other", "processor\t: 0\nFeatures\t: fp\n");
+        let told = processor(VirtType::Auto, &none).unwrap();
+        assert!(told.severity == Severity::Warning && told.remedy.unwrap().contains("nested"));
+        assert_eq!(processor(VirtType::Qemu, &none), None);
+        assert_eq!(processor(VirtType::Auto, &intel), None);
+        assert_eq!(processor(VirtType::Kvm, &other), None);
+    }
 
     #[test]
     fn what_is_missing_is_told_by_how_bad_it_is() {

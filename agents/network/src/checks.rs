@@ -1,6 +1,9 @@
 //! What the network agent needs of its host, looked at without changing anything.
 
+mod owner;
+
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 use stackhand_kernel::netlink::WriteCount;
@@ -24,11 +27,13 @@ const CAPABILITIES: [(u8, &str, &str); 4] = [
 #[must_use]
 pub fn checks(loaded: &Loaded<NetworkSettings>) -> Vec<Check> {
     let settings = loaded.settings.agent.clone();
+    let mappings = settings.bridge_mappings.clone();
     vec![
         Check::blocking("privileges", privileges),
         Check::blocking("tap-device", tap_device),
         Check::blocking("tap-user", move || tap_user(&settings)),
         Check::blocking("bridge-filter", bridge_filter),
+        Check::blocking("link-owner", move || owner::check(&mappings, Path::new("/"))),
         Check::new("link-kinds", link_kinds),
         Check::new("firewall", firewall),
     ]

@@ -7,6 +7,7 @@
 //! [`common_checks`] holds what every agent needs. Each agent adds its own.
 
 mod clock;
+mod denials;
 mod host;
 mod network;
 mod paths;
@@ -14,6 +15,7 @@ mod paths;
 mod tests;
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -257,6 +259,7 @@ pub fn common_checks<S: AgentSection>(loaded: &Loaded<S>) -> Vec<Check> {
         }),
         Check::blocking("clock", clock::check),
         Check::blocking("kernel", host::kernel),
+        Check::blocking("security-module", || denials::check(Path::new("/"))),
         Check::blocking("open-files", move || host::open_files(agent)),
         Check::new("host-name", {
             let host = common.host.clone();

@@ -167,6 +167,9 @@ fn plug_ports(
         let Some(Spec::Port(port)) = spec(Kind::Port, id) else { continue };
         fields.entry("mac").or_insert_with(|| port.mac.to_string().into());
         fields.entry("network").or_insert_with(|| port.network.to_string().into());
+        if port.queues > 1 {
+            fields.entry("queues").or_insert_with(|| port.queues.into());
+        }
         let Some(Spec::Network(network)) = spec(Kind::Network, port.network.0) else { continue };
         if let Some(mtu) = network.mtu {
             fields.entry("mtu").or_insert_with(|| mtu.into());
@@ -199,6 +202,20 @@ fn plug_volumes(
     let Some(draft) = drafts.get_mut(&object) else { return awaited };
     for (index, item) in draft.items_mut("volumes").enumerate() {
         let volume = item["volume"].as_str().and_then(|id| id.parse::<Uuid>().ok());
+        let size =
+            volume.map(|id| ObjectRef { kind: Kind::Volume, id }).and_then(
+                |object| match documents
+                    .get(&object)
+                    .or_else(|| held.newest(object))
+                    .map(|it| &it.spec)
+                {
+                    Some(Spec::Volume(volume)) => Some(volume.size_gib),
+                    _ => None,
+                },
+            );
+        if let (Value::Object(fields), Some(size)) = (&mut *item, size) {
+            fields.entry("size_gib").or_insert_with(|| size.into());
+        }
         let attachment = volume.and_then(|volume| attachments.get(&volume));
         let (Some(attachment), Value::Object(fields)) = (attachment, item) else { continue };
         if fields.contains_key("connection") {

@@ -742,3 +742,49 @@ fn a_guest_is_told_the_same_by_its_ports_and_on_its_config_drive() {
     let changed: Vec<String> = told(&planned(alone, &held, true));
     assert_eq!(changed, ["unchanged Host node1 @ node1", "unchanged Port web @ node1"]);
 }
+
+#[test]
+fn every_example_can_be_applied_and_a_second_time_changes_nothing() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    let given = [
+        ("GUEST", "/guest"),
+        ("KEY", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExample me"),
+        ("IMAGE", "https://images.example.org/debian.qcow2"),
+        ("VLAN", "120"),
+        ("HOST", "node1"),
+    ];
+    let values: Values =
+        given.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    let mut tried = 0;
+    for file in std::fs::read_dir(folder).unwrap() {
+        let path = file.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if name.ends_with(".values.yaml") {
+            let read = super::source::values(std::slice::from_ref(&path), &[]).unwrap();
+            assert!(read.keys().all(|key| values.contains_key(key)), "{name}: {read:?}");
+            continue;
+        }
+        let pieces = super::source::read(std::slice::from_ref(&path), &values).unwrap();
+        let held = cloud(&["node1", "node2"]);
+        // A port that nothing draws anywhere needs to be told its host, unless there is only one.
+        let local = !["two-hosts.yaml", "first-cloud.yaml"].contains(&&*name);
+        let held = if local { cloud(&["node1"]) } else { held };
+        let done = complete(pieces.clone(), &held, CLOUD).unwrap_or_else(|it| panic!("{it:#?}"));
+        let first = plan(&done, &held, local).unwrap();
+        let after = carried_out(&first, held);
+        let again = complete(pieces, &after, CLOUD).unwrap();
+        let again = plan(&again, &after, local).unwrap();
+        assert!(again.is_empty(), "{name}: {:?}", told(&again));
+        if name == "two-hosts.yaml" {
+            let hosts: BTreeSet<&str> = first
+                .items
+                .iter()
+                .filter(|it| it.document.kind() == Kind::Instance)
+                .map(|it| &*it.place.host)
+                .collect();
+            assert_eq!(hosts.len(), 2, "{hosts:?}");
+        }
+        tried += 1;
+    }
+    assert!(tried >= 5, "{tried}");
+}
