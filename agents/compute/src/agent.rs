@@ -313,7 +313,12 @@ impl<H: Hypervisor> ComputeAgent<H> {
                     DomainChange::Detach { alias, .. } => Some(alias.clone()),
                     _ => None,
                 };
+                let attaches = matches!(change, DomainChange::Attach { .. });
                 let done = self.hypervisor.perform(id, change).await;
+                if attaches {
+                    // It is told as plugged in once a look has seen it.
+                    self.wake.object_changed(id.object());
+                }
                 if stops && done.is_ok() {
                     self.stop_later(id);
                 }

@@ -214,8 +214,8 @@ pub fn ramdisk(kernel: &Path) -> Vec<u8> {
            before=$now; sleep 0.3\n\
          done) &\n\
          while read line; do\n\
-           echo \"heard $line\"\n\
            case $line in off) poweroff -f;; mark) echo marked > /dev/vda; sync;; esac\n\
+           echo \"heard $line\"\n\
          done\n\
          while true; do sleep 1000; done\n",
         modules.map(|path| path.rsplit('/').next().unwrap()).join(" ")

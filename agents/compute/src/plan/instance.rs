@@ -175,14 +175,19 @@ fn make(
             || (runs.is_none() && record.config_drive != tells)
             || rebuild);
     if writes_drive {
+        if parts.contains(&Part::ConfigDrive) {
+            // So that the record never tells of a newer one than there is.
+            steps.push(Step::RemovePart(Part::ConfigDrive));
+        }
         record.config_drive = tells;
     }
     let core_runs = runs.and_then(|domain| domain.running_mark.as_ref()).map(|mark| &mark.core);
-    let mut changes = Vec::new();
+    let stays = matches!(want, PowerState::Running | PowerState::Paused);
+    let (mut changes, mut sizes) = (Vec::new(), record.sizes.clone());
     let mut waits = match runs {
-        Some(domain) if core_runs == Some(&core) => {
+        Some(domain) if stays && core_runs == Some(&core) => {
             let plug = Plug { situation, id, spec, domain, blueprint: &blueprint };
-            plug.plan(&mut record, &mut changes, &mut claims.awaited)?
+            plug.plan(&mut sizes, &mut changes, &mut claims.awaited)?
         }
         _ => Vec::new(),
     };
@@ -227,7 +232,7 @@ fn make(
             }
             ready::to_start(situation, spec, &mut claims.awaited)?;
             steps.extend(spec.volumes.iter().filter_map(keep_password));
-            record.sizes = spec
+            sizes = spec
                 .volumes
                 .iter()
                 .filter_map(|volume| Some((volume.volume, volume.size_gib?)))
@@ -247,14 +252,13 @@ fn make(
             Some(true) => Some(DomainChange::Destroy),
         },
     };
-    let starts = matches!(change, Some(DomainChange::Start { .. }));
     steps.extend(change.map(Step::Domain));
-    let mut after = Record { rebuild: false, ..record.clone() };
+    // What is true once all that is done, and not before.
+    let mut after = Record { rebuild: false, sizes, ..record.clone() };
     if want == PowerState::Running {
         after.seen_running = Some(generation);
     }
-    if after != record || starts && before.as_ref().is_none_or(|before| before.sizes != after.sizes)
-    {
+    if after != record {
         // One that is written for nothing else waits until it is true.
         if let Some(Step::Prepare(_)) = steps.last() {
             steps.pop();

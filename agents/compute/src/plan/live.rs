@@ -1,16 +1,15 @@
 //! What is plugged into a running domain, and what should be.
 //!
 //! A guest is asked to let go of a device and may take its time; until it has, the device counts
-//! as plugged in, and whoever serves it must go on.
+//! as plugged in, and whoever serves it must go on. What is plugged in counts once it is seen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use stackhand_model::{Connection, InstanceId, InstanceSpec, InstanceVolume};
+use stackhand_model::{Connection, InstanceId, InstanceSpec, InstanceVolume, VolumeId};
 
 use super::{Situation, Step, Stop, ready};
 use crate::domain::{Blueprint, Unwritable};
 use crate::hypervisor::{DomainChange, DomainSeen};
-use crate::store::Record;
 
 /// A running domain and what it should be.
 pub(super) struct Plug<'a> {
@@ -25,12 +24,12 @@ impl Plug<'_> {
     /// Plugs in and out; gives what is waited for.
     pub(super) fn plan(
         &self,
-        record: &mut Record,
+        sizes: &mut BTreeMap<VolumeId, u64>,
         steps: &mut Vec<Step>,
         awaited: &mut BTreeSet<String>,
     ) -> Result<Vec<String>, Stop> {
         let mut waits = self.plug_out(steps);
-        self.plug_volumes(record, steps, &mut waits)?;
+        self.plug_volumes(sizes, steps, &mut waits)?;
         self.plug_nics(steps, &mut waits, awaited)?;
         Ok(waits)
     }
@@ -63,20 +62,21 @@ impl Plug<'_> {
 
     fn plug_volumes(
         &self,
-        record: &mut Record,
+        sizes: &mut BTreeMap<VolumeId, u64>,
         steps: &mut Vec<Step>,
         waits: &mut Vec<String>,
     ) -> Result<(), Stop> {
         for disk in &self.blueprint.volumes {
             let wanted = |volume: &&InstanceVolume| disk.serial == Some(volume.volume);
             let Some(volume) = self.spec.volumes.iter().find(wanted) else { continue };
-            let told = volume.size_gib.and_then(|size| record.sizes.insert(volume.volume, size));
+            let told = volume.size_gib.and_then(|size| sizes.insert(volume.volume, size));
             match self.domain.devices.volumes.get(&volume.volume) {
                 None => match ready::volume(self.situation, volume) {
                     Ok(()) => {
                         steps.extend(keep_password(volume));
                         let what = format!("volume {} as {}", volume.volume, disk.target);
                         let xml = self.blueprint.volume_xml(disk).map_err(defect)?;
+                        waits.push(format!("plugs in {what}"));
                         steps.push(Step::Domain(DomainChange::Attach { what, xml }));
                     }
                     Err(reason) => waits.push(reason),
@@ -106,6 +106,7 @@ impl Plug<'_> {
             }
             if self.situation.links.contains(&nic.tap) {
                 let xml = self.blueprint.nic_xml(nic).map_err(defect)?;
+                waits.push(format!("plugs in {}", nic.tap));
                 steps.push(Step::Domain(DomainChange::Attach { what: nic.tap.clone(), xml }));
             } else {
                 waits.push(ready::waits_for_taps(std::slice::from_ref(&nic.tap)));

@@ -117,9 +117,19 @@ fn a_running_guest_is_told_once_that_a_volume_has_grown() {
     assert_eq!(grows(&mut world), 0);
     world.want(instance(1, 3, &sized(2)), false);
     assert_eq!((grows(&mut world), grows(&mut world)), (1, 0));
+    // One that could not be told is told again.
+    world.want(instance(1, 4, &sized(3)), false);
+    world.situation.domains = Ok(world.host.domains.clone());
+    let wanted = Wanted::new(&world.wanted);
+    let plan = Plan::new(&wanted, &world.situation, &world.due());
+    let resize = |step: &&Step| !matches!(step, Step::Domain(DomainChange::Resize { .. }));
+    for step in plan.steps[&only(1)].iter().take_while(resize) {
+        world.perform(&wanted, Some(only(1)), step);
+    }
+    assert_eq!((grows(&mut world), grows(&mut world)), (1, 0));
     // One that starts sees the size by itself.
     world.host.change(InstanceId(GUEST), &DomainChange::Destroy).unwrap();
-    world.want(instance(1, 4, &sized(3)), false);
+    world.want(instance(1, 5, &sized(4)), false);
     world.pass();
     assert_eq!(grows(&mut world), 0);
 }
