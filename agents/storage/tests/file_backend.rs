@@ -232,6 +232,10 @@ fn document(kind: &str, id: u128, spec: &Value) -> Document {
     Document::from_value(&document).unwrap()
 }
 
+/// However full this machine's disk is: these volumes hold next to nothing.
+const ROOMY: &str =
+    "[storage.backends.default]\novercommit_percent = 10000\nreserved_percent = 0\n";
+
 /// Settings for an agent whose folders are under `root`.
 fn settings(root: &Path, more: &str) {
     let text = format!(
@@ -263,7 +267,7 @@ async fn an_agent_without_capabilities_grows_what_libvirt_gave_to_its_own_user()
     const AGENT: u32 = 41_234;
     let root = tempfile::tempdir().unwrap();
     let root = root.path();
-    settings(root, "");
+    settings(root, ROOMY);
     for folder in ["state", "run"] {
         fs::create_dir(root.join(folder)).unwrap();
         std::os::unix::fs::chown(root.join(folder), Some(AGENT), Some(AGENT)).unwrap();
@@ -299,7 +303,7 @@ async fn an_agent_without_capabilities_grows_what_libvirt_gave_to_its_own_user()
 async fn volumes_are_made_from_images_and_hostile_ones_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let root = root.path();
-    settings(root, "");
+    settings(root, ROOMY);
     let image = |name: &str, size: &str| {
         let path = root.join(name).display().to_string();
         run("qemu-img", ["create", "-q", "-f", "qcow2", &path, size]);

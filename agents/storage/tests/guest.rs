@@ -39,7 +39,7 @@ mod guest {
             let settings = format!(
                 "host = \"here\"\nstate_dir = \"{0}/state\"\nrun_dir = \"{0}/run\"\n\
                  [storage.export]\ntype = \"tgt\"\nportals = [\"127.0.0.1:{port}\"]\n\
-                 tgt_socket = \"{1}\"\n[storage.backends.default]\novercommit_percent = 10000\n",
+                 tgt_socket = \"{1}\"\n[storage.backends.default]\novercommit_percent = 10000\nreserved_percent = 0\n",
                 root.path().display(),
                 socket.display(),
             );
