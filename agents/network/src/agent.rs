@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use stackhand_kernel::{Chain, KernelError};
-use stackhand_model::{AgentKind, ErrorCode, ObjectRef, PortId};
+use stackhand_model::{AgentKind, ErrorCode, MacAddr, ObjectRef, PortId};
 use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
@@ -307,7 +307,8 @@ impl NetworkAgent {
         troubled: &mut BTreeMap<ObjectRef, String>,
     ) {
         let find = |at: &At| {
-            let mac = seen.links.get(at).and_then(|link| link.mac)?;
+            // A loopback link has no address to speak of.
+            let mac = seen.links.get(at)?.mac.unwrap_or(MacAddr([0; 6]));
             Some((self.host.known_index(at)?, mac))
         };
         let mut services = self.services.lock().await;
@@ -535,5 +536,19 @@ pub(crate) fn local(host: &str, settings: &NetworkSettings) -> Result<Local, Sta
         tap_group: settings.tap_group.as_ref().map(group).transpose()?,
         vxlan_port: settings.vxlan_port,
         lease_seconds: settings.dhcp_lease_seconds,
+        dns_domain: settings.dns_domain.clone(),
+        dns_forwarders: match &settings.dns_forwarders {
+            Some(given) => given.clone(),
+            None => resolv_conf(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
+        },
     })
+}
+
+/// The servers that a resolver's configuration names.
+fn resolv_conf(text: &str) -> Vec<IpAddr> {
+    let server = |line: &str| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver")).then(|| words.next()?.parse().ok()).flatten()
+    };
+    text.lines().filter_map(server).collect()
 }

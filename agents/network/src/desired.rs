@@ -8,6 +8,7 @@
 //! taken from what was seen, because documents leave the MTU open on purpose.
 
 mod dhcp;
+mod guests;
 mod routers;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ use crate::l3;
 use crate::names::{self, Mark};
 use crate::services::Site;
 
-pub use routers::{METADATA_V6, RouterLink, RouterService};
+pub use routers::{RouterLink, RouterService};
 
 /// What this host is, as far as documents do not say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +43,10 @@ pub struct Local {
     pub vxlan_port: u16,
     /// Seconds that a DHCP lease lasts.
     pub lease_seconds: u32,
+    /// Domain of ports whose network names none.
+    pub dns_domain: String,
+    /// DNS servers that are asked for names that are not ours.
+    pub dns_forwarders: Vec<IpAddr>,
 }
 
 /// Everything that is wanted of this host.
@@ -95,6 +100,7 @@ pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
         builder.network(id, network);
     }
     builder.router_tables();
+    builder.router_services();
     builder.ports_without_network();
     builder.not_built_yet();
     builder.firewall(desired);
@@ -106,6 +112,7 @@ pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
 struct Documents<'a> {
     networks: BTreeMap<NetworkId, &'a NetworkSpec>,
     ports: BTreeMap<NetworkId, BTreeMap<PortId, &'a PortSpec>>,
+    by_device: guests::ByDevice<'a>,
     /// Tunnel addresses by host name.
     tunnels: BTreeMap<&'a str, IpAddr>,
     own: Option<(ObjectRef, &'a HostSpec)>,
@@ -134,6 +141,10 @@ impl<'a> Documents<'a> {
                 }
                 Spec::Port(port) => {
                     documents.by_id.insert(PortId(object.id), port);
+                    if let Some(device) = port.device {
+                        let ports = documents.by_device.entry(device).or_default();
+                        ports.push((PortId(object.id), port));
+                    }
                     documents
                         .ports
                         .entry(port.network)

@@ -11,7 +11,9 @@
 //! network's storm is its own.
 
 pub mod dhcp;
+pub mod dns;
 mod fleet;
+pub mod metadata;
 mod pace;
 
 use std::collections::BTreeMap;
@@ -32,9 +34,19 @@ pub struct Site {
     pub object: ObjectRef,
     /// Who gets which IPv4 address.
     pub dhcp: Option<Arc<dhcp::Table>>,
+    /// Which names have which addresses.
+    pub dns: Option<Arc<dns::Zone>>,
+    /// Who may read which metadata.
+    pub metadata: Option<Arc<metadata::Table>>,
 }
 
 impl Site {
+    /// A site that serves nothing.
+    #[must_use]
+    pub fn of(object: ObjectRef) -> Self {
+        Self { object, dhcp: None, dns: None, metadata: None }
+    }
+
     /// What is served, for the network's status.
     #[must_use]
     pub fn facts(&self, space: &str) -> Value {
@@ -52,18 +64,26 @@ impl Site {
 #[derive(Debug)]
 pub struct Services {
     dhcp: Fleet<dhcp::Server>,
+    dns: Fleet<dns::Server>,
+    metadata: Fleet<metadata::Server>,
 }
 
 impl Services {
     /// No service yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { dhcp: Fleet::new(dhcp::Server::default()) }
+        Self {
+            dhcp: Fleet::new(dhcp::Server::default()),
+            dns: Fleet::new(dns::Server::default()),
+            metadata: Fleet::new(metadata::Server::default()),
+        }
     }
 
     /// Stops what is not wanted any more: a socket would keep its namespace.
     pub fn retain(&mut self, wanted: &BTreeMap<At, Site>) {
         self.dhcp.retain(|at| wanted.get(at).is_some_and(|site| site.dhcp.is_some()));
+        self.dns.retain(|at| wanted.get(at).is_some_and(|site| site.dns.is_some()));
+        self.metadata.retain(|at| wanted.get(at).is_some_and(|site| site.metadata.is_some()));
     }
 
     /// Hands servers their tables and starts those that do not run. `find` tells number and
@@ -76,9 +96,13 @@ impl Services {
     ) -> BTreeMap<ObjectRef, String> {
         let mut troubled = BTreeMap::new();
         for (at, site) in wanted {
-            let Some((index, mac)) = find(at) else { continue };
-            let served = self.dhcp.serve(at, (index, mac), site.dhcp.as_ref()).await;
-            if let Err(error) = served {
+            let Some(link) = find(at) else { continue };
+            let served = [
+                self.dhcp.serve(at, link, site.dhcp.as_ref()).await,
+                self.dns.serve(at, link, site.dns.as_ref()).await,
+                self.metadata.serve(at, link, site.metadata.as_ref()).await,
+            ];
+            for error in served.into_iter().filter_map(Result::err) {
                 troubled.entry(site.object).or_insert_with(|| Chain(&error).to_string());
             }
         }
@@ -88,13 +112,20 @@ impl Services {
     /// What the services did, for `facts`.
     #[must_use]
     pub fn facts(&self) -> Value {
-        json!({"dhcp": self.dhcp.shared().facts(self.dhcp.len())})
+        json!({
+            "dhcp": self.dhcp.shared().facts(self.dhcp.len()),
+            "dns": self.dns.shared().facts(self.dns.len()),
+            "metadata": self.metadata.shared().facts(self.metadata.len()),
+        })
     }
 
     /// Numbers for `/metrics`.
     #[must_use]
     pub fn readings(&self) -> Vec<Reading> {
-        dhcp::Server::readings(self.dhcp.shared())
+        let mut readings = dhcp::Server::readings(self.dhcp.shared());
+        readings.extend(dns::Server::readings(self.dns.shared()));
+        readings.extend(metadata::Server::readings(self.metadata.shared()));
+        readings
     }
 }
 

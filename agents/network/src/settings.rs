@@ -25,6 +25,11 @@ pub struct NetworkSettings {
     pub bridge_mappings: BTreeMap<String, String>,
     /// Seconds that a DHCP lease lasts, at least 60. Default: 86400, a day.
     pub dhcp_lease_seconds: u32,
+    /// Domain of ports whose network names none. Default: `stackhand.internal`.
+    pub dns_domain: String,
+    /// DNS servers that are asked for what is no port's name; an empty list: none, such queries are
+    /// refused. Default: those of `/etc/resolv.conf` when the agent starts.
+    pub dns_forwarders: Option<Vec<IpAddr>>,
     /// Seconds that a link with our mark is left alone when no document speaks of it, so that a
     /// lost ledger does not cut off the guests at once. Default: 60.
     pub orphan_grace_seconds: u64,
@@ -39,6 +44,8 @@ impl Default for NetworkSettings {
             tunnel_address: None,
             bridge_mappings: BTreeMap::new(),
             dhcp_lease_seconds: 86_400,
+            dns_domain: "stackhand.internal".to_owned(),
+            dns_forwarders: None,
             orphan_grace_seconds: 60,
         }
     }
@@ -74,6 +81,13 @@ impl AgentSection for NetworkSettings {
                 let key = format!("network.bridge_mappings.{physical}");
                 problems.add(&key, "must be a link's name: 1 to 15 bytes, no blank, no slash");
             }
+        }
+        let good = |label: &str| {
+            let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+            (1..=63).contains(&label.len()) && label.bytes().all(inner)
+        };
+        if !self.dns_domain.split('.').all(good) || self.dns_domain.len() > 200 {
+            problems.add("network.dns_domain", "must be a domain such as stackhand.internal");
         }
         for (key, name) in [("tap_user", &self.tap_user), ("tap_group", &self.tap_group)] {
             if name.as_deref() == Some("") {

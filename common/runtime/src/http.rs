@@ -23,6 +23,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -35,17 +36,25 @@ use crate::metrics::Metrics;
 /// Connections served at once; further ones wait in the kernel's queue.
 const MOST_CONNECTIONS: usize = 32;
 
-/// Largest head of a request, in bytes.
-const HEAD_BYTES: usize = 16 * 1024;
+/// What one connection may use up.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Largest head of a request, in bytes.
+    pub head_bytes: usize,
+    /// Most headers of a request.
+    pub headers: usize,
+    /// Time for a request's head to arrive, also of the next one on a kept connection.
+    pub head_limit: Duration,
+    /// Age at which the connection is closed.
+    pub connection_limit: Duration,
+}
 
-/// Most headers of a request.
-const MOST_HEADERS: usize = 64;
-
-/// Time for a request's head to arrive, also of the next one on a kept connection.
-const HEAD_LIMIT: Duration = Duration::from_secs(10);
-
-/// Age at which a connection is closed.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(300);
+const BOUNDS: Bounds = Bounds {
+    head_bytes: 16 * 1024,
+    headers: 64,
+    head_limit: Duration::from_secs(10),
+    connection_limit: Duration::from_secs(300),
+};
 
 /// Why the server cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -148,20 +157,29 @@ async fn accept<L: Listener>(mut listener: L, router: &Router, stop: &Cancellati
             } => accepted,
         };
         while connections.try_join_next().is_some() {}
-        let service = TowerToHyperService::new(router.clone());
+        let router = router.clone();
         connections.spawn(async move {
             let _place = place;
-            let mut server = http1::Builder::new();
-            server
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_LIMIT)
-                .max_headers(MOST_HEADERS)
-                .max_buf_size(HEAD_BYTES);
-            let connection = server.serve_connection(TokioIo::new(stream), service);
-            // A peer that goes away or sends nonsense is its own problem.
-            let _ = tokio::time::timeout(CONNECTION_LIMIT, connection).await;
+            serve_connection(stream, router, BOUNDS).await;
         });
     }
+}
+
+/// Serves one connection until its end. A peer that goes away or sends nonsense is its own problem.
+pub async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    bounds: Bounds,
+) {
+    let mut server = http1::Builder::new();
+    server
+        .timer(TokioTimer::new())
+        .header_read_timeout(bounds.head_limit)
+        .max_headers(bounds.headers)
+        .max_buf_size(bounds.head_bytes);
+    let service = TowerToHyperService::new(router);
+    let connection = server.serve_connection(TokioIo::new(stream), service);
+    let _ = tokio::time::timeout(bounds.connection_limit, connection).await;
 }
 
 async fn bind_unix(path: &Path) -> io::Result<UnixListener> {

@@ -18,8 +18,9 @@ use uuid::Uuid;
 use super::{Builder, needs_tap};
 use crate::l2::{At, Make, Set, Wanted};
 use crate::names::{self, Mark};
-use crate::services::Site;
-use crate::services::dhcp::{self, Client, METADATA, Scope, Table};
+use crate::services::dhcp::{self, Client, Scope, Table};
+use crate::services::metadata::ADDRESS_V4;
+use crate::services::{Site, dns};
 
 /// Whether this host serves the network's IPv4 guests.
 pub(super) fn serves(network: &NetworkSpec, host: &str, has_taps: bool) -> bool {
@@ -83,7 +84,7 @@ impl Builder<'_> {
         if scopes.is_empty() {
             return None;
         }
-        addresses.insert(IpNet::V4(Ipv4Net::from(METADATA)));
+        addresses.insert(IpNet::V4(Ipv4Net::from(ADDRESS_V4)));
         let space = names::dhcp_space(id);
         let near = At::host(names::tap(port));
         let far = At::inside(space.clone(), names::dhcp_link(port));
@@ -116,14 +117,26 @@ impl Builder<'_> {
         self.want(far.clone(), wanted);
         self.wish.l2.spaces.insert(space, Mark::Network(id));
         let clients = self.clients(id, &scopes, kept_apart);
+        let servers = scopes.iter().map(|scope| scope.server.into()).collect();
+        let zone = self.zone(id, network, servers);
+        let mut search = vec![zone.domain.clone()];
+        search.extend(network.search_domains.iter().filter(|name| **name != zone.domain).cloned());
         let table = Table {
             mtu,
-            domain: network.dns_domain.clone(),
+            domain: Some(zone.domain.clone()),
+            search,
+            ntp: network.ntp_servers.iter().filter_map(v4).collect(),
             lease_seconds: self.local.lease_seconds,
             scopes,
             clients,
         };
-        let site = Site { object: id.object(), dhcp: Some(Arc::new(table)) };
+        let metadata = self.metadata(&[id], [ADDRESS_V4.into()].into());
+        let site = Site {
+            object: id.object(),
+            dhcp: Some(Arc::new(table)),
+            dns: Some(Arc::new(zone)),
+            metadata: Some(Arc::new(metadata)),
+        };
         self.wish.services.insert(far, site);
         Some(kept_apart)
     }
@@ -136,10 +149,6 @@ impl Builder<'_> {
         subnet: &Subnet,
         port: Option<&PortSpec>,
     ) -> Option<Ipv4Addr> {
-        let v4 = |address: IpAddr| match address {
-            IpAddr::V4(v4) => Some(v4),
-            IpAddr::V6(_) => None,
-        };
         let fixed = port.and_then(|port| {
             port.fixed_ips
                 .iter()
@@ -147,7 +156,7 @@ impl Builder<'_> {
                 .map(|fixed| fixed.address)
         });
         let gateway = subnet.gateway.filter(|gateway| !self.has_port(network, *gateway));
-        fixed.or(subnet.dhcp_address).or(gateway).and_then(v4)
+        fixed.or(subnet.dhcp_address).or(gateway).as_ref().and_then(v4)
     }
 
     /// Whether a port of the network has the address.
@@ -158,25 +167,17 @@ impl Builder<'_> {
     }
 
     fn scope(&self, id: NetworkId, subnet: &Subnet, net: Ipv4Net, server: Ipv4Addr) -> Scope {
-        let router = subnet.gateway.and_then(|gateway| match gateway {
-            IpAddr::V4(v4) => Some(v4),
-            IpAddr::V6(_) => None,
-        });
+        let router = subnet.gateway.as_ref().and_then(v4);
         // A router answers for the metadata service where there is one.
         let routed = subnet.gateway.is_some_and(|gateway| self.has_port(id, gateway));
         let metadata_by = if routed { router } else { Some(server) };
         let given = subnet.host_routes.iter().map(|route| (route.destination, route.next_hop));
-        let dns = subnet.dns_servers.iter().filter_map(|server| match server {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        });
-        Scope {
-            net,
-            server,
-            router,
-            dns: dns.collect(),
-            routes: dhcp::routes(given, router, metadata_by),
-        }
+        // As dnsmasq does: the server itself, unless others are named; 0.0.0.0 says: nobody.
+        let dns = match subnet.dns_servers.as_slice() {
+            [] => vec![server],
+            given => given.iter().filter_map(v4).filter(|it| !it.is_unspecified()).collect(),
+        };
+        Scope { net, server, router, dns, routes: dhcp::routes(given, router, metadata_by) }
     }
 
     fn clients(
@@ -201,7 +202,7 @@ impl Builder<'_> {
                 dhcp::Extra::default()
             });
             let host_name =
-                spec.dns_name.clone().unwrap_or_else(|| dhcp::default_host_name(address));
+                spec.dns_name.clone().unwrap_or_else(|| dns::host_name_of(address.into()));
             let client = Client {
                 port,
                 address,
@@ -213,6 +214,13 @@ impl Builder<'_> {
             clients.insert(spec.mac, client);
         }
         clients
+    }
+}
+
+fn v4(address: &IpAddr) -> Option<Ipv4Addr> {
+    match address {
+        IpAddr::V4(v4) => Some(*v4),
+        IpAddr::V6(_) => None,
     }
 }
 

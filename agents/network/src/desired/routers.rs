@@ -5,7 +5,7 @@
 //! cannot be built is left out and told on its document; the rest of the router works.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use stackhand_kernel::netlink::BridgePort;
@@ -19,10 +19,7 @@ use super::{Builder, Standing};
 use crate::l2::{At, Make, ROUTING, Set, Wanted};
 use crate::l3::{self, Entry, Hop};
 use crate::names::{self, Mark};
-use crate::services::dhcp::METADATA;
-
-/// Where the metadata service answers on links with IPv6.
-pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0xa9fe, 0xa9fe);
+use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6};
 
 /// A router of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +92,7 @@ impl<'a> Builder<'a> {
                     object: id.object(),
                     make: Make::Loopback,
                     set: Set { mark: Some(Mark::Router(id)), up: Some(true), ..Set::default() },
-                    addresses: Some(BTreeSet::from([IpNet::V4(Ipv4Net::from(METADATA))])),
+                    addresses: Some(BTreeSet::from([IpNet::V4(Ipv4Net::from(ADDRESS_V4))])),
                 },
             );
             self.wish.routers.insert(id, service);
@@ -206,7 +203,7 @@ impl<'a> Builder<'a> {
         };
         let has_v6 = addresses.iter().any(|net| matches!(net, IpNet::V6(_)));
         if has_v6 && port.owner == PortOwner::RouterInterface {
-            addresses.extend(IpNet::new(METADATA_V6.into(), 64).ok());
+            addresses.extend(IpNet::new(ADDRESS_V6.into(), 64).ok());
         }
         let common =
             Set { mark: Some(Mark::Port(id)), mtu: Some(mtu), up: Some(true), ..Set::default() };

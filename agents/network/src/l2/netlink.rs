@@ -17,9 +17,9 @@ use stackhand_kernel::{KernelError, Netns, NetnsId, sysctl};
 use stackhand_model::MacAddr;
 
 use super::{At, BRIDGE, Change, HostNet, Make, Owner, ROUTING, Seen, SeenKind, SeenLink, Set};
-use crate::desired::METADATA_V6;
 use crate::freshness::{Dated, Freshness};
 use crate::names::{self, Mark, UNFINISHED_GROUP};
+use crate::services::metadata::ADDRESS_V6;
 
 /// The Ethernet address under which a VXLAN link files its flood list.
 const FLOOD: MacAddr = MacAddr([0; 6]);
@@ -570,7 +570,7 @@ fn take(
 
 /// Whether the kernel gave an address by itself.
 fn is_the_kernels(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local() && v6 != METADATA_V6)
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local() && v6 != ADDRESS_V6)
 }
 
 /// Settings that a router's namespace has as a whole, and that its links start with.

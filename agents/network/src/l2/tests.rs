@@ -16,6 +16,8 @@ fn local() -> Local {
         tap_group: None,
         vxlan_port: 4789,
         lease_seconds: 3600,
+        dns_domain: "stackhand.internal".to_owned(),
+        dns_forwarders: Vec::new(),
     }
 }
 

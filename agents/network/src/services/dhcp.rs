@@ -19,4 +19,4 @@ mod wire;
 
 pub use answer::{Answer, Delivery, Ignored, answer};
 pub use server::Server;
-pub use table::{Client, Extra, METADATA, Scope, Table, default_host_name, extra, routes};
+pub use table::{Client, Extra, Scope, Table, extra, routes};

@@ -31,6 +31,22 @@ impl Pace {
         self.left -= 1.0;
         (self.left < 0.0).then(|| Duration::from_secs_f64(-self.left / self.rate))
     }
+
+    /// Takes one if there is one.
+    pub(super) fn try_take(&mut self, now: Instant) -> bool {
+        self.fill(now);
+        let has = self.left >= 1.0;
+        if has {
+            self.left -= 1.0;
+        }
+        has
+    }
+
+    /// Whether nothing was taken lately, so that forgetting this one changes nothing.
+    pub(super) fn is_full(&mut self, now: Instant) -> bool {
+        self.fill(now);
+        self.left >= self.burst
+    }
 }
 
 #[cfg(test)]
@@ -52,5 +68,16 @@ mod tests {
         }
         let took = (now - start).as_secs_f64();
         assert!((0.9..1.1).contains(&took), "{took}");
+    }
+
+    #[test]
+    fn who_asks_too_often_is_refused_until_time_has_passed() {
+        let start = Instant::now();
+        let mut pace = Pace::new(10, 2, start);
+        assert!(pace.try_take(start) && pace.try_take(start) && !pace.try_take(start));
+        assert!(!pace.is_full(start));
+        let later = start + Duration::from_millis(101);
+        assert!(pace.try_take(later) && !pace.try_take(later));
+        assert!(pace.is_full(later + Duration::from_secs(1)));
     }
 }

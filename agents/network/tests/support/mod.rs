@@ -139,6 +139,8 @@ pub(crate) fn local(host: &str) -> Local {
         tap_group: None,
         vxlan_port: 4789,
         lease_seconds: 3600,
+        dns_domain: "stackhand.internal".to_owned(),
+        dns_forwarders: Vec::new(),
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod check;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
@@ -186,7 +187,7 @@ pub struct PortSpec {
     pub dns_name: Option<String>,
     /// What the metadata service tells the guest behind it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest: Option<Box<GuestData>>,
+    pub guest: Option<Arc<GuestData>>,
     /// Whether its link is up.
     #[serde(default = "yes")]
     pub admin_up: bool,

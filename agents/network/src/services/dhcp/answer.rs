@@ -274,6 +274,12 @@ fn scope_options(table: &Table, scope: &Scope, client: &Client) -> BTreeMap<u8, 
     if let Some(domain) = &table.domain {
         options.insert(code::DOMAIN, domain.clone().into_bytes());
     }
+    if !table.search.is_empty() {
+        options.insert(code::SEARCH, table.search.iter().flat_map(|name| labels(name)).collect());
+    }
+    if !table.ntp.is_empty() {
+        options.insert(code::NTP, table.ntp.iter().flat_map(Ipv4Addr::octets).collect());
+    }
     if let Ok(mtu) = u16::try_from(table.mtu) {
         options.insert(code::MTU, mtu.to_be_bytes().to_vec());
     }
@@ -283,6 +289,17 @@ fn scope_options(table: &Table, scope: &Scope, client: &Client) -> BTreeMap<u8, 
         options.insert(code::ROUTES_MICROSOFT, bytes);
     }
     options
+}
+
+/// RFC 3397: a name's labels, each behind its length, without compression.
+fn labels(name: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(name.len() + 2);
+    for label in name.split('.').filter(|label| !label.is_empty()) {
+        bytes.push(u8::try_from(label.len()).unwrap_or(63));
+        bytes.extend(label.bytes().take(63));
+    }
+    bytes.push(0);
+    bytes
 }
 
 /// RFC 3442: prefix length, the prefix's bytes, next hop.

@@ -7,8 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 use stackhand_model::DhcpOption;
 use stackhand_model::{MacAddr, PortId};
 
-/// The address of the metadata service.
-pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+use crate::services::metadata::ADDRESS_V4 as METADATA;
 
 /// Everything that the server of one network knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +16,10 @@ pub struct Table {
     pub mtu: u32,
     /// The network's DNS domain.
     pub domain: Option<String>,
+    /// Domains that short names are looked up in.
+    pub search: Vec<String>,
+    /// Time servers.
+    pub ntp: Vec<Ipv4Addr>,
     /// Seconds that a lease lasts.
     pub lease_seconds: u32,
     /// The IPv4 subnets that are served.
@@ -56,12 +59,6 @@ pub struct Client {
     pub options: BTreeMap<u8, Vec<u8>>,
     /// The server to boot from.
     pub next_server: Option<Ipv4Addr>,
-}
-
-/// A host name for a port that has none: `host-10-0-0-5`.
-#[must_use]
-pub fn default_host_name(address: Ipv4Addr) -> String {
-    format!("host-{}", address.to_string().replace('.', "-"))
 }
 
 /// The routes told to clients of a subnet: the given ones, the metadata service, the default.

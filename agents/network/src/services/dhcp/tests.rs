@@ -33,6 +33,8 @@ fn table() -> Table {
     Table {
         mtu: 1450,
         domain: Some("int.example.org".into()),
+        search: vec!["int.example.org".into(), "example.org".into()],
+        ntp: vec![Ipv4Addr::new(192, 0, 2, 123)],
         lease_seconds: 3600,
         scopes: vec![scope],
         clients: [(MacAddr(MAC), client)].into(),
@@ -92,6 +94,25 @@ fn only_what_is_asked_for_is_told_besides_the_necessary() {
     assert_eq!(message.opts().get(OptionCode::Hostname), Some(&DhcpOption::Hostname("web".into())));
     assert!(message.opts().contains(OptionCode::SubnetMask));
     assert!(!message.opts().contains(OptionCode::DomainNameServer));
+}
+
+#[test]
+fn search_list_and_time_servers_are_told_to_who_asks() {
+    let wanted = vec![OptionCode::DomainSearch, OptionCode::NtpServers];
+    let offer = ask(MessageType::Discover, |message| {
+        message.opts_mut().insert(DhcpOption::ParameterRequestList(wanted));
+    });
+    let message = read(&offer.unwrap());
+    let Some(DhcpOption::DomainSearch(search)) = message.opts().get(OptionCode::DomainSearch)
+    else {
+        panic!("{message}")
+    };
+    let search: Vec<String> = search.iter().map(ToString::to_string).collect();
+    assert_eq!(search, ["int.example.org.", "example.org."]);
+    assert_eq!(
+        message.opts().get(OptionCode::NtpServers),
+        Some(&DhcpOption::NtpServers(vec![Ipv4Addr::new(192, 0, 2, 123)]))
+    );
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub(super) mod code {
     pub(crate) const DOMAIN: u8 = 15;
     pub(crate) const MTU: u8 = 26;
     pub(crate) const BROADCAST: u8 = 28;
+    pub(crate) const NTP: u8 = 42;
     pub(crate) const REQUESTED_ADDRESS: u8 = 50;
     pub(crate) const LEASE_TIME: u8 = 51;
     pub(crate) const MESSAGE_TYPE: u8 = 53;
@@ -38,6 +39,7 @@ pub(super) mod code {
     pub(crate) const CLIENT_ID: u8 = 61;
     pub(crate) const BOOT_FILE: u8 = 67;
     pub(crate) const RELAY: u8 = 82;
+    pub(crate) const SEARCH: u8 = 119;
     pub(crate) const ROUTES: u8 = 121;
     /// What Windows asked for before 121 had a number.
     pub(crate) const ROUTES_MICROSOFT: u8 = 249;
