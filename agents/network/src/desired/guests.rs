@@ -131,6 +131,7 @@ impl Builder<'_> {
                 port: *port,
                 mac: spec.mac,
                 mtu: network.and_then(|network| network.mtu),
+                queues: spec.queues,
                 network: Some(spec.network),
                 addresses: network.map(|it| it.guest_addresses(spec)).unwrap_or_default(),
             }

@@ -75,14 +75,14 @@ async fn an_agent_that_is_not_ready_tells_the_reasons() {
 async fn a_head_beyond_the_bounds_is_refused() {
     let running = start().await;
     let mut many = b"GET /healthz HTTP/1.1\r\nHost: here\r\n".to_vec();
-    for n in 0..=MOST_HEADERS {
+    for n in 0..=BOUNDS.headers {
         many.extend_from_slice(format!("X-{n}: 1\r\n").as_bytes());
     }
     many.extend_from_slice(b"\r\n");
     let answer = exchange(TcpStream::connect(running.address).await.unwrap(), &many).await;
     assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
 
-    let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(HEAD_BYTES * 2));
+    let long = format!("GET /{} HTTP/1.1\r\n", "a".repeat(BOUNDS.head_bytes * 2));
     let stream = TcpStream::connect(running.address).await.unwrap();
     let answer = exchange(stream, long.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 4"), "{answer}");
@@ -98,8 +98,8 @@ async fn a_head_that_never_ends_is_cut_off_in_time() {
     let start = tokio::time::Instant::now();
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
-    assert!(start.elapsed() >= HEAD_LIMIT);
-    assert!(start.elapsed() < HEAD_LIMIT * 2, "{:?}", start.elapsed());
+    assert!(start.elapsed() >= BOUNDS.head_limit);
+    assert!(start.elapsed() < BOUNDS.head_limit * 2, "{:?}", start.elapsed());
 }
 
 #[tokio::test]

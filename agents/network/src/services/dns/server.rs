@@ -163,6 +163,9 @@ impl Network {
     async fn talk(&self, mut stream: TcpStream, client: SocketAddr) -> io::Result<()> {
         loop {
             let length = timeout(IDLE, stream.read_u16()).await??;
+            if usize::from(length) > LONGEST {
+                return Ok(());
+            }
             let mut query = vec![0; usize::from(length)];
             timeout(IDLE, stream.read_exact(&mut query)).await??;
             let mut answer = match self.decide(client.ip(), &query, Transport::Tcp) {
