@@ -295,7 +295,7 @@ async fn ping_wait_act_and_facts_reach_the_agents() {
 async fn a_wrong_manifest_is_told_before_anything_is_sent() {
     let cloud = Cloud::start(&["node1"]).await;
     let manifest =
-        Manifest::new(&WEB.replace("vcpus: 1", "vcpu: 1").replace("192.168.0.254", "1.1.1.1"));
+        Manifest::new(&WEB.replace("vcpus: 1", "vcpos: 1").replace("192.168.0.254", "1.1.1.1"));
     let wrong = cloud.run(&["apply", "-f", &manifest.path(), "--set", "HOST=node1"]).await;
     assert_eq!(wrong.exit, Exit::Usage);
     assert_eq!(wrong.err.lines().count(), 2, "{}", wrong.err);
