@@ -5,6 +5,7 @@
 //! addresses of routers; tell how each object came out.
 
 mod explain;
+mod filters;
 mod guarding;
 mod outcome;
 mod tasks;
@@ -34,6 +35,7 @@ use crate::l2::{At, HostNet, Plan, Seen, plan};
 use crate::l3::announce::{Announced, Announcer};
 use crate::l3::netlink::KernelRouters;
 use crate::l3::{self, RouterNet};
+use crate::qos::rules::PacketTable;
 use crate::services::Services;
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
@@ -58,6 +60,9 @@ pub struct NetworkAgent {
     host: Arc<NetlinkHost>,
     guarding: Guarding,
     routers: KernelRouters,
+    packets: PacketTable,
+    /// Whether nothing of another agent's filter is left.
+    cleared: AtomicBool,
     announcer: Announcer,
     /// Whether all addresses of routers were announced since the agent started.
     announced: AtomicBool,
@@ -154,6 +159,8 @@ impl NetworkAgent {
             guarding: Guarding::new(firewall.map_err(StartProblem::Listen)?),
             routers: KernelRouters::new(Arc::clone(&host)),
             host,
+            packets: PacketTable::default(),
+            cleared: AtomicBool::new(false),
             announcer: Announcer::default(),
             announced: AtomicBool::new(false),
             watcher,
@@ -227,7 +234,11 @@ impl NetworkAgent {
                     done.push((*object, deed));
                 }
                 Err(error) => {
-                    let reason = format!("cannot {deed}: {}", Chain(&error));
+                    let remedy = match deed {
+                        Deed::Link(change) => change.remedy(&error).unwrap_or_default(),
+                        Deed::Router(_) => String::new(),
+                    };
+                    let reason = format!("cannot {deed}: {}{remedy}", Chain(&error));
                     warn!(object = object.map(tracing::field::display), "{reason}");
                     if let Some(object) = object {
                         failed.entry(*object).or_insert(reason);
@@ -317,6 +328,9 @@ impl NetworkAgent {
         }
         let names: Vec<String> = wish.l2.spaces.keys().cloned().collect();
         self.watcher.follow(&names).await;
+        let bridges = wish.l2.neighbours.keys();
+        let bridges = bridges.filter_map(|name| self.host.known_index(&At::host(name.clone())));
+        self.watcher.mind_neighbours(bridges.collect());
     }
 
     /// Tells neighbours of new addresses; in the first pass of all, because nobody knows what was
@@ -347,9 +361,11 @@ impl NetworkAgent {
         {
             guarding::show_to_ip(&mut wish.l2, &wish.firewall, tracking);
         }
-        let orphans = plan(&wish.l2, &seen, &BTreeSet::new()).orphans;
-        let sweep = self.sweepable(&orphans);
-        let made = plan(&wish.l2, &seen, &sweep);
+        let mut made = plan(&wish.l2, &seen, &BTreeSet::new());
+        let sweep = self.sweepable(&made.orphans);
+        if !sweep.is_empty() {
+            made = plan(&wish.l2, &seen, &sweep);
+        }
         let reachable = tasks::reachable(&wish, &seen);
         let spaces = reachable.keys().cloned().collect();
         let routers = self.routers.observe(&spaces).await?;
@@ -387,7 +403,12 @@ impl Agent for NetworkAgent {
         let rules = rules.into_iter().map(|(object, change)| PlannedStep { object, change });
         let planned =
             |task: Task| PlannedStep { object: task.object, change: task.deed.to_string() };
-        Ok(rules.chain(look.tasks.into_iter().map(planned)).collect())
+        let mut steps: Vec<PlannedStep> = rules.collect();
+        steps.extend(look.tasks.into_iter().map(planned));
+        let packets = self.packets.plan(&look.wish.packets, &self.host.write_count()).await;
+        let packets = packets.map_err(|error| cannot_look(Chain(&error).to_string()))?;
+        steps.extend(packets.map(|change| PlannedStep { object: None, change }));
+        Ok(steps)
     }
 
     async fn pass(&self, work: Work) -> PassReport {
@@ -447,6 +468,7 @@ impl Agent for NetworkAgent {
         // And what filtered taps that are gone now goes after them.
         unfiltered = self.guard(&wish, work.cause).await;
         let unfiltered = unfiltered.as_deref();
+        self.mark_packets(&wish, work.cause, &mut failed).await;
         self.serve(&wish, &seen, &mut failed).await;
         self.announce(&wish, &seen, news);
         let undone = outcome::undone(&tasks);
@@ -460,7 +482,12 @@ impl Agent for NetworkAgent {
             known.retain(|object| !work.due.contains(object));
             known.extend(stuck);
         }
-        *lock(&self.troubles) = outcome::troubles(&work.desired, &wish, &left, unfiltered);
+        let mut troubles = outcome::troubles(&work.desired, &wish, &left, unfiltered);
+        // A guest must not be open between that agent's filter and ours.
+        if unfiltered.is_none() {
+            troubles.extend(self.remove_leftovers().await);
+        }
+        *lock(&self.troubles) = troubles;
         PassReport { outcomes, writes: self.host.writes() - before }
     }
 
@@ -487,8 +514,8 @@ impl Agent for NetworkAgent {
         let mut facts = self.services.lock().await.facts();
         let own = json!({
             "kernel": probe::kernel(),
+            "network_types": probe::network_types(&abilities),
             "abilities": abilities,
-            "network_types": ["local", "flat", "vxlan"],
             "firewall": self.guarding.facts().await,
             "links": links,
             "vxlan_port": self.local.vxlan_port,
@@ -541,6 +568,7 @@ pub(crate) fn local(host: &str, settings: &NetworkSettings) -> Result<Local, Sta
             Some(given) => given.clone(),
             None => resolv_conf(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
         },
+        takeover: settings.takeover,
     })
 }
 

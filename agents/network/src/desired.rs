@@ -12,20 +12,24 @@ mod guests;
 mod routers;
 #[cfg(test)]
 mod tests;
+mod uplink;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use stackhand_kernel::netlink::{BridgePort, Tap, Vxlan};
-use stackhand_model::{Document, MacAddr, NetworkId, ObjectRef, PortId, RouterId, Spec};
-use stackhand_model::{FloatingIpSpec, HostSpec, NetworkSpec, NetworkType, PortOwner, PortSpec};
+use stackhand_kernel::netlink::{BridgePort, Tap};
+use stackhand_model::{Direction, Document, MacAddr, NetworkId, ObjectRef, PortId, RouterId, Spec};
+use stackhand_model::{
+    FloatingIpSpec, HostSpec, NetworkSpec, PortOwner, PortSpec, QosPolicyId, QosPolicySpec,
+};
 use stackhand_runtime::agent::Desired;
 
 use crate::firewall::Model;
 use crate::firewall::model::Surroundings;
-use crate::l2::{At, BRIDGE, Forwarding, Make, Owner, Seen, SeenKind, SeenLink, Set, Wanted, Wish};
+use crate::l2::{At, BRIDGE, Make, Owner, Seen, SeenLink, Set, Wanted, Wish};
 use crate::l3;
 use crate::names::{self, Mark};
+use crate::qos::{self, rules::PacketRules};
 use crate::services::Site;
 
 pub use routers::{RouterLink, RouterService};
@@ -47,6 +51,8 @@ pub struct Local {
     pub dns_domain: String,
     /// DNS servers that are asked for names that are not ours.
     pub dns_forwarders: Vec<IpAddr>,
+    /// Whether links of OpenStack's Linux bridge agent are adopted.
+    pub takeover: bool,
 }
 
 /// Everything that is wanted of this host.
@@ -60,6 +66,8 @@ pub struct HostWish {
     pub routers: BTreeMap<RouterId, RouterService>,
     /// What guests are served, by the link inside a namespace.
     pub services: BTreeMap<At, Site>,
+    /// By link: packet rates and marks.
+    pub packets: BTreeMap<String, PacketRules>,
     /// Networks that are wired here.
     pub wired: BTreeMap<NetworkId, Wired>,
     /// What the taps of this host let through.
@@ -73,8 +81,8 @@ pub struct HostWish {
 pub struct Wired {
     /// Its bridge.
     pub bridge: String,
-    /// Its link to other hosts.
-    pub uplink: Option<String>,
+    /// Its links to other hosts.
+    pub uplinks: BTreeSet<String>,
     /// Largest IP packet in bytes.
     pub mtu: u32,
 }
@@ -92,17 +100,24 @@ pub enum Standing {
 #[must_use]
 pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
     let documents = Documents::sort(desired, &local.host);
-    let mut builder = Builder { local, seen, documents: &documents, wish: HostWish::default() };
+    let mut builder = Builder {
+        local,
+        seen,
+        documents: &documents,
+        parents: BTreeSet::new(),
+        wish: HostWish::default(),
+    };
+    builder.wish.l2.takeover = local.takeover;
     builder.wish.l2.known = desired.objects.keys().copied().collect();
     builder.host_document();
     builder.router_links();
     for (&id, &network) in &documents.networks {
         builder.network(id, network);
     }
+    builder.raise_parents();
     builder.router_tables();
     builder.router_services();
     builder.ports_without_network();
-    builder.not_built_yet();
     builder.firewall(desired);
     builder.wish
 }
@@ -115,10 +130,11 @@ struct Documents<'a> {
     by_device: guests::ByDevice<'a>,
     /// Tunnel addresses by host name.
     tunnels: BTreeMap<&'a str, IpAddr>,
+    policies: BTreeMap<QosPolicyId, &'a QosPolicySpec>,
+    others: Vec<&'a Document>,
     own: Option<(ObjectRef, &'a HostSpec)>,
     /// All ports by their ids.
     by_id: BTreeMap<PortId, &'a PortSpec>,
-    others: Vec<&'a Document>,
     leaving_floating: Vec<(ObjectRef, &'a FloatingIpSpec)>,
     leaving: BTreeMap<PortId, &'a PortSpec>,
 }
@@ -159,6 +175,9 @@ impl<'a> Documents<'a> {
                         documents.tunnels.insert(document.name.as_str(), address);
                     }
                 }
+                Spec::QosPolicy(spec) => {
+                    documents.policies.insert(QosPolicyId(object.id), spec);
+                }
                 _ => documents.others.push(document),
             }
         }
@@ -170,25 +189,12 @@ impl<'a> Documents<'a> {
     }
 }
 
-/// The way out of a network, and the largest packet that fits through it.
-struct Uplink {
-    limit: u32,
-    default_mtu: u32,
-    /// What limits it, for messages.
-    by: String,
-    kind: UplinkKind,
-}
-
-enum UplinkKind {
-    None,
-    Flat { link: String },
-    Vxlan { vni: u32, local: IpAddr },
-}
-
 struct Builder<'a> {
     local: &'a Local,
     seen: &'a Seen,
     documents: &'a Documents<'a>,
+    /// Links of the host that VLANs are on.
+    parents: BTreeSet<String>,
     wish: HostWish,
 }
 
@@ -299,125 +305,17 @@ impl Builder<'_> {
         let dhcp = serves.then(|| self.dhcp(id, network, mtu, &bridge)).flatten();
         // Every host answers its own guests from the same address: the servers must not meet.
         let kept_apart = dhcp.is_some_and(|kept_apart| kept_apart);
-        let uplink = self.wire_uplink(id, &uplink, mtu, &bridge, kept_apart);
+        let uplinks = self.wire_uplink((id, network), &uplink, mtu, &bridge, kept_apart);
         for (port_id, port) in here {
             self.local_port(port_id, port, mtu, &bridge);
         }
-        self.remote_ports(id, network, uplink.as_deref());
-        self.wish.wired.insert(id, Wired { bridge, uplink, mtu });
+        self.wish.wired.insert(id, Wired { bridge, uplinks, mtu });
     }
 
     fn ports_wait(&mut self, ports: &[(PortId, &PortSpec)], reason: &str) {
         for (id, _) in ports {
             self.wait(id.object(), reason);
         }
-    }
-
-    /// How the network's frames leave the host, or why they cannot.
-    fn uplink(&self, network: &NetworkSpec) -> Result<Uplink, String> {
-        let own = self.documents.own.map(|(_, spec)| spec);
-        let host = &self.local.host;
-        match network.network_type {
-            NetworkType::Local => Ok(Uplink {
-                limit: 65535,
-                default_mtu: 1500,
-                by: "a local bridge".to_owned(),
-                kind: UplinkKind::None,
-            }),
-            NetworkType::Flat => {
-                let physical = network.physical_network.as_deref().unwrap_or_default();
-                let link =
-                    own.and_then(|spec| spec.bridge_mappings.get(physical)).ok_or_else(|| {
-                        format!(
-                            "host {host} has no link to physical network {physical:?}; add it to \
-                             bridge_mappings of its Host document"
-                        )
-                    })?;
-                let seen = self.seen.links.get(&At::host(link.clone())).ok_or_else(|| {
-                    format!("link {link} of physical network {physical:?} does not exist")
-                })?;
-                if seen.kind == SeenKind::Loopback {
-                    return Err(format!(
-                        "link {link} is the loopback link, which cannot be bridged"
-                    ));
-                }
-                if let Some(net) = seen.addresses.first() {
-                    return Err(format!(
-                        "link {link} of physical network {physical:?} has address {net}, which \
-                         would be cut off; use a link without addresses"
-                    ));
-                }
-                Ok(Uplink {
-                    limit: seen.mtu,
-                    default_mtu: seen.mtu,
-                    by: format!("link {link}"),
-                    kind: UplinkKind::Flat { link: link.clone() },
-                })
-            }
-            NetworkType::Vxlan => {
-                let local = own.and_then(|spec| spec.tunnel_address).ok_or_else(|| {
-                    format!("host {host} has no tunnel_address; set it in its Host document")
-                })?;
-                let (link, mtu) = self.link_with(local).ok_or_else(|| {
-                    format!("no link of this host has the tunnel address {local}")
-                })?;
-                // Outer Ethernet, UDP and VXLAN headers, and the outer IP header.
-                let overhead = if local.is_ipv4() { 50 } else { 70 };
-                let limit = mtu.saturating_sub(overhead);
-                Ok(Uplink {
-                    limit,
-                    default_mtu: limit,
-                    by: format!("link {link}"),
-                    kind: UplinkKind::Vxlan { vni: network.segment.unwrap_or(0), local },
-                })
-            }
-            other @ (NetworkType::Vlan | NetworkType::Gre | NetworkType::Geneve) => {
-                let name = format!("{other:?}").to_lowercase();
-                Err(format!("{name} networks are not built yet; use vxlan, flat or local"))
-            }
-        }
-    }
-
-    fn wire_uplink(
-        &mut self,
-        id: NetworkId,
-        uplink: &Uplink,
-        mtu: u32,
-        bridge: &str,
-        kept_apart: bool,
-    ) -> Option<String> {
-        let bridge = Some(Some(bridge.to_owned()));
-        let port = BridgePort { isolated: kept_apart, ..BridgePort::default() };
-        let (name, wanted) = match &uplink.kind {
-            UplinkKind::None => return None,
-            UplinkKind::Flat { link } => {
-                let set = Set { bridge, up: Some(true), port: Some(port), ..Set::default() };
-                (
-                    link.clone(),
-                    Wanted { object: id.object(), make: Make::Brought, set, addresses: None },
-                )
-            }
-            UplinkKind::Vxlan { vni, local } => {
-                let vxlan = Vxlan {
-                    vni: *vni,
-                    local: Some(*local),
-                    port: self.local.vxlan_port,
-                    learning: false,
-                };
-                let set = Set {
-                    mark: Some(Mark::Network(id)),
-                    mtu: Some(mtu),
-                    bridge,
-                    up: Some(true),
-                    ipv6_off: Some(true),
-                    port: Some(BridgePort { neighbour_suppression: true, ..port }),
-                    ..Set::default()
-                };
-                let make = Make::Vxlan(vxlan);
-                (names::vxlan(*vni), Wanted { object: id.object(), make, set, addresses: None })
-            }
-        };
-        self.want(At::host(name.clone()), wanted).then_some(name)
     }
 
     fn local_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &str) {
@@ -430,6 +328,7 @@ impl Builder<'_> {
             port: Some(BridgePort::default()),
             ..Set::default()
         };
+        self.limit(id, port, mtu, &mut set);
         let make = match port.owner {
             PortOwner::Instance => Make::Tap(Tap {
                 user: self.local.tap_user,
@@ -451,36 +350,33 @@ impl Builder<'_> {
         self.want(At::host(names::tap(id)), wanted);
     }
 
-    /// Ports of a wired network on other hosts: where their frames go, by the overlay if it has one.
-    fn remote_ports(&mut self, id: NetworkId, network: &NetworkSpec, uplink: Option<&str>) {
-        let overlay = uplink.filter(|_| network.network_type == NetworkType::Vxlan);
-        let (mut forwarding, mut neighbours) = (Forwarding::default(), BTreeMap::new());
-        if overlay.is_some() {
-            let ports = self.documents.ports_of(id);
-            for (port_id, port) in ports.filter(|(_, port)| port.host != self.local.host) {
-                let Some(&via) = self.documents.tunnels.get(port.host.as_str()) else {
-                    let reason = format!(
-                        "host {} has no tunnel address here; send its Host document with \
-                         tunnel_address",
-                        port.host
-                    );
-                    self.wait(port_id.object(), reason);
-                    continue;
-                };
-                forwarding.unicast.insert(port.mac, BTreeSet::from([via]));
-                forwarding.flood.insert(via);
-                forwarding.in_bridge.insert(port.mac);
-                neighbours.extend(port.fixed_ips.iter().map(|fixed| (fixed.address, port.mac)));
+    /// What the port's policy means for its link; a link more if it limits what the guest sends.
+    fn limit(&mut self, id: PortId, port: &PortSpec, mtu: u32, set: &mut Set) {
+        let policy = port.qos_policy.and_then(|policy| {
+            let held = self.documents.policies.get(&policy);
+            if held.is_none() {
+                self.wait(id.object(), format!("waits for the document of QosPolicy {policy}"));
             }
-            let servers = network.dhcp_hosts.iter().filter(|host| **host != self.local.host);
-            for host in servers {
-                forwarding.flood.extend(self.documents.tunnels.get(host.as_str()));
-            }
-        }
-        if let Some(link) = overlay {
-            self.wish.l2.forwarding.insert(link.to_owned(), forwarding);
-        }
-        self.wish.l2.neighbours.insert(names::bridge(id), neighbours);
+            held
+        });
+        let rules = policy.and_then(|policy| PacketRules::of(id.object(), policy));
+        self.wish.packets.extend(rules.map(|rules| (names::tap(id), rules)));
+        let bucket = |direction| policy.and_then(|policy| qos::shaper(policy, direction, mtu));
+        set.shaper = Some(bucket(Direction::Ingress));
+        set.redirect = Some(None);
+        let Some(sent) = bucket(Direction::Egress) else { return };
+        let name = names::ifb(id);
+        set.redirect = Some(Some(name.clone()));
+        let queue = Set {
+            mark: Some(Mark::Port(id)),
+            mtu: Some(mtu),
+            up: Some(true),
+            ipv6_off: Some(true),
+            shaper: Some(Some(sent)),
+            ..Set::default()
+        };
+        let wanted = Wanted { object: id.object(), make: Make::Ifb, set: queue, addresses: None };
+        self.want(At::host(name), wanted);
     }
 
     /// Ports whose network nobody has told us of, and links that ports to go leave behind.
@@ -523,16 +419,6 @@ impl Builder<'_> {
         }
         self.wish.firewall = firewall;
     }
-
-    fn not_built_yet(&mut self) {
-        for document in &self.documents.others {
-            let reason = match &document.spec {
-                Spec::QosPolicy(_) => QOS,
-                _ => continue,
-            };
-            self.wait(document.object(), reason);
-        }
-    }
 }
 
 /// The Ethernet address of a network's bridge. Without one of its own a bridge takes the lowest of
@@ -542,9 +428,6 @@ fn bridge_mac(network: NetworkId) -> MacAddr {
     // Locally administered, of one station.
     MacAddr([0x0e, a, b, c, d, e])
 }
-
-/// Told where a document asks for limits.
-const QOS: &str = "not enforced: this agent sets no limits yet";
 
 /// Whether the port gets a link into its network's bridge.
 fn needs_tap(port: &PortSpec) -> bool {

@@ -21,7 +21,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use stackhand_kernel::KernelError;
-use stackhand_kernel::netlink::{Bridge, BridgePort, Routing, RoutingV6, Tap, Vxlan};
+use stackhand_kernel::netlink::{
+    Bridge, BridgePort, Geneve, Gre, QueueKind, Routing, RoutingV6, Shaper, Tap, Vxlan,
+};
 use stackhand_model::{MacAddr, ObjectRef};
 
 use crate::names::Mark;
@@ -34,6 +36,7 @@ pub mod netlink;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod words;
 #[cfg(test)]
 mod worlds;
 
@@ -87,15 +90,34 @@ pub enum Make {
     PairEnd,
     /// The loopback link, which comes with its namespace.
     Loopback,
-    /// An overlay.
+    /// An overlay to many hosts.
     Vxlan(Vxlan),
+    /// One VLAN of a link of the host.
+    Vlan {
+        /// The link.
+        parent: String,
+        /// The VLAN.
+        id: u16,
+    },
+    /// An overlay to one host.
+    Gre(Gre),
+    /// An overlay to one host.
+    Geneve(Geneve),
+    /// A queue for what another link receives.
+    Ifb,
     /// A link that somebody else brings and takes away; we only wire it.
     Brought,
 }
 
-/// The settings of a bridge of ours: no spanning tree, no waiting, multicast goes everywhere.
-pub const BRIDGE: Bridge =
-    Bridge { stp: false, forward_delay: 0, multicast_snooping: false, netfilter: false };
+/// The settings of a bridge of ours: no spanning tree, no waiting, five minutes for addresses that
+/// were learned, multicast goes everywhere.
+pub const BRIDGE: Bridge = Bridge {
+    stp: false,
+    forward_delay: 0,
+    ageing_time: 30_000,
+    multicast_snooping: false,
+    netfilter: false,
+};
 
 /// The settings of a router's links: packets are forwarded, ARP speaks of the link's own addresses
 /// alone, answers may come by another link (several routes share the load), nobody's
@@ -129,6 +151,12 @@ pub struct Set {
     pub port: Option<BridgePort>,
     /// Settings as a bridge.
     pub as_bridge: Option<Bridge>,
+    /// Whether a VXLAN link learns where addresses are.
+    pub learning: Option<bool>,
+    /// What holds it to a rate; `Some(None)`: nothing of ours.
+    pub shaper: Option<Option<Shaper>>,
+    /// The link of the host that its received frames go to first; `Some(None)`: none.
+    pub redirect: Option<Option<String>>,
     /// How packets that come by it are routed. Without IPv6 its part of that is nobody's business.
     pub routing: Option<Routing>,
 }
@@ -146,7 +174,7 @@ pub struct Wanted {
     pub addresses: Option<BTreeSet<IpNet>>,
 }
 
-/// Where a VXLAN link sends what.
+/// Where an overlay's link sends what. Only VXLAN has more than the bridge's part of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
     /// The host behind which each address lives. More than one only when observed.
@@ -164,7 +192,7 @@ pub struct Wish {
     pub spaces: BTreeMap<String, Mark>,
     /// Links.
     pub links: BTreeMap<At, Wanted>,
-    /// By VXLAN link.
+    /// By link of an overlay.
     pub forwarding: BTreeMap<String, Forwarding>,
     /// By bridge: the neighbours that it answers for.
     pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
@@ -175,6 +203,8 @@ pub struct Wish {
     pub contested: BTreeSet<(At, ObjectRef)>,
     /// Links that somebody else brought for ports that are to go: taken out of their bridge.
     pub released: BTreeMap<At, ObjectRef>,
+    /// Whether links without any mark are adopted where they are what is wanted under their name.
+    pub takeover: bool,
 }
 
 /// Whose a link is.
@@ -197,8 +227,21 @@ pub enum SeenKind {
     Tap(Tap),
     /// One end of a pair.
     Pair,
-    /// An overlay.
+    /// An overlay to many hosts.
     Vxlan(Vxlan),
+    /// One VLAN of another link.
+    Vlan {
+        /// The other link; `None`: in another namespace.
+        parent: Option<String>,
+        /// The VLAN.
+        id: u16,
+    },
+    /// An overlay to one host.
+    Gre(Gre),
+    /// An overlay to one host.
+    Geneve(Geneve),
+    /// A queue for what another link receives.
+    Ifb,
     /// The loopback link.
     Loopback,
     /// Anything else.
@@ -228,6 +271,11 @@ pub struct SeenLink {
     pub port: BridgePort,
     /// Its addresses, without link-local ones that the kernel makes by itself.
     pub addresses: BTreeSet<IpNet>,
+    /// The queue at its root, where somebody set one.
+    pub queue: Option<QueueKind>,
+    /// The link that its received frames go to first, by a redirect of ours; empty: one that is
+    /// gone. Looked at only for links whose `ifb…` is there.
+    pub redirect: Option<String>,
     /// How packets that come by it are routed.
     pub routing: Routing,
 }
@@ -239,7 +287,7 @@ pub struct Seen {
     pub spaces: BTreeMap<String, Owner>,
     /// All links of the host and of those namespaces.
     pub links: BTreeMap<At, SeenLink>,
-    /// By VXLAN link that is marked as ours.
+    /// By link of an overlay that is marked as ours.
     pub forwarding: BTreeMap<String, Forwarding>,
     /// By bridge that is marked as ours.
     pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
@@ -313,16 +361,16 @@ pub enum Change {
         /// The host.
         via: IpAddr,
     },
-    /// Tells the bridge that an address is behind the VXLAN link.
+    /// Tells the bridge that an address is behind the overlay's link.
     Place {
-        /// The VXLAN link.
+        /// The link.
         link: String,
         /// The address.
         mac: MacAddr,
     },
     /// The reverse.
     Unplace {
-        /// The VXLAN link.
+        /// The link.
         link: String,
         /// The address.
         mac: MacAddr,
@@ -362,100 +410,5 @@ impl Set {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
-    }
-}
-
-impl fmt::Display for Set {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if let Some(mark) = self.mark {
-            parts.push(format!("alias {mark}"));
-        }
-        if let Some(mac) = self.mac {
-            parts.push(format!("address {mac}"));
-        }
-        if let Some(mtu) = self.mtu {
-            parts.push(format!("mtu {mtu}"));
-        }
-        match &self.bridge {
-            Some(Some(bridge)) => parts.push(format!("master {bridge}")),
-            Some(None) => parts.push("nomaster".to_owned()),
-            None => {}
-        }
-        if let Some(up) = self.up {
-            parts.push(if up { "up" } else { "down" }.to_owned());
-        }
-        if let Some(off) = self.ipv6_off {
-            parts.push(if off { "IPv6 off" } else { "IPv6 on" }.to_owned());
-        }
-        if let Some(port) = self.port {
-            parts.push(format!(
-                "isolated {}, neigh_suppress {}, hairpin {}",
-                port.isolated, port.neighbour_suppression, port.hairpin
-            ));
-        }
-        if let Some(bridge) = self.as_bridge {
-            parts.push(format!(
-                "stp {}, forward_delay {}, mcast_snooping {}, nf_call_iptables {}",
-                bridge.stp, bridge.forward_delay, bridge.multicast_snooping, bridge.netfilter
-            ));
-        }
-        if let Some(routing) = self.routing {
-            parts.push(format!(
-                "forwarding {}, arp_ignore {}, arp_announce {}, rp_filter {}",
-                routing.forwarding, routing.arp_ignore, routing.arp_announce, routing.rp_filter
-            ));
-        }
-        f.write_str(&parts.join(", "))
-    }
-}
-
-impl fmt::Display for Make {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bridge => f.write_str("bridge"),
-            Self::Tap(tap) if tap.multi_queue => f.write_str("tap, several queues"),
-            Self::Tap(_) => f.write_str("tap"),
-            Self::Pair { peer, .. } => write!(f, "veth, peer {peer}"),
-            Self::PairEnd => f.write_str("veth"),
-            Self::Loopback => f.write_str("loopback"),
-            Self::Vxlan(vxlan) => {
-                write!(f, "vxlan {}, port {}", vxlan.vni, vxlan.port)?;
-                vxlan.local.map_or(Ok(()), |local| write!(f, ", local {local}"))
-            }
-            Self::Brought => f.write_str("brought by somebody else"),
-        }
-    }
-}
-
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let flood = |mac: &Option<MacAddr>| mac.map_or("flood".to_owned(), |mac| mac.to_string());
-        match self {
-            Self::MakeSpace { space, .. } => write!(f, "create namespace {space}"),
-            Self::DeleteSpace { space } => write!(f, "delete namespace {space}"),
-            Self::Make { at, make, set } => write!(f, "create link {at} ({make}; {set})"),
-            Self::Set { at, set } => write!(f, "set link {at}: {set}"),
-            Self::Delete { links } => {
-                let names: Vec<String> = links.iter().map(At::to_string).collect();
-                write!(f, "delete {}", names.join(", "))
-            }
-            Self::AddAddress { at, net } => write!(f, "add address {net} to {at}"),
-            Self::RemoveAddress { at, net } => write!(f, "remove address {net} from {at}"),
-            Self::Forward { link, mac, via } => {
-                write!(f, "forward {} by {link} to {via}", flood(mac))
-            }
-            Self::Unforward { link, mac, via } => {
-                write!(f, "no longer forward {} by {link} to {via}", flood(mac))
-            }
-            Self::Place { link, mac } => write!(f, "place {mac} behind {link}"),
-            Self::Unplace { link, mac } => write!(f, "no longer place {mac} behind {link}"),
-            Self::Answer { bridge, address, mac } => {
-                write!(f, "let {bridge} answer {mac} for {address}")
-            }
-            Self::Unanswer { bridge, address, .. } => {
-                write!(f, "no longer let {bridge} answer for {address}")
-            }
-        }
     }
 }

@@ -10,8 +10,10 @@ pub mod l2;
 pub mod l3;
 pub mod names;
 mod probe;
+pub mod qos;
 pub mod services;
 pub mod settings;
+pub mod takeover;
 mod watch;
 
 pub use agent::NetworkAgent;

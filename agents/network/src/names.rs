@@ -4,8 +4,10 @@
 //! nothing: what we may change or delete carries a mark in its alias.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
+use stackhand_kernel::netlink::MAX_LINK_NAME;
 use stackhand_model::{NetworkId, ObjectRef, PortId, RouterId};
 use uuid::Uuid;
 
@@ -87,6 +89,12 @@ pub fn tap(port: PortId) -> String {
     format!("tap{}", port.short())
 }
 
+/// The link whose queue holds what a port's guest sends.
+#[must_use]
+pub fn ifb(port: PortId) -> String {
+    format!("ifb{}", port.short())
+}
+
 /// The DHCP server's end of its pair.
 #[must_use]
 pub fn dhcp_link(port: PortId) -> String {
@@ -136,10 +144,42 @@ pub fn vxlan(vni: u32) -> String {
     format!("vxlan-{vni}")
 }
 
+/// The link of one VLAN of another link: `eth0.7`. Where that would be too long for the kernel,
+/// the other link's name is cut and told apart by its digest, as the Linux bridge agent does it.
+#[must_use]
+pub fn vlan(link: &str, id: u16) -> String {
+    let name = format!("{link}.{id}");
+    if name.len() <= MAX_LINK_NAME {
+        return name;
+    }
+    let start: String = link.chars().take(4).collect();
+    let digest = sha1_smol::Sha1::from(link).digest().to_string();
+    format!("{start}{}.{id}", &digest[..6])
+}
+
+/// The link that carries a network to another host by GRE.
+#[must_use]
+pub fn gre(network: NetworkId, remote: IpAddr) -> String {
+    format!("gre-{}", toward(network, remote))
+}
+
+/// The link that carries a network to another host by Geneve.
+#[must_use]
+pub fn geneve(network: NetworkId, remote: IpAddr) -> String {
+    format!("gnv-{}", toward(network, remote))
+}
+
+/// Eleven characters for a network and another host.
+fn toward(network: NetworkId, remote: IpAddr) -> String {
+    let id = Uuid::new_v5(&network.0, remote.to_string().as_bytes());
+    PortId(id).short()
+}
+
 /// Whether a link of this name is worth looking at: ours, or one that somebody brings for a port.
 #[must_use]
 pub fn may_matter(name: &str) -> bool {
-    ["brq", "tap", "vxlan-", "ns-", "qr-", "qg-"].iter().any(|prefix| name.starts_with(prefix))
+    let starts = ["brq", "tap", "ifb", "vxlan-", "gre-", "gnv-", "ns-", "qr-", "qg-"];
+    name.contains('.') || starts.iter().any(|prefix| name.starts_with(prefix))
 }
 
 #[cfg(test)]
@@ -155,6 +195,13 @@ mod tests {
         assert_eq!(tap(PortId(id)), "tap6f0c8a8e-0d");
         assert_eq!(dhcp_link(PortId(id)), "ns-6f0c8a8e-0d");
         assert!(vxlan(0x00ff_ffff).len() <= 15);
+        assert_eq!(vlan("eth0", 4094), "eth0.4094");
+        // What OpenStack's Linux bridge agent makes of such a name.
+        assert_eq!(vlan("enp131s0f0np0", 100), "enp1179a39.100");
+        for remote in ["192.0.2.2", "2001:db8::2"].map(|remote| remote.parse().unwrap()) {
+            let names = [gre(NetworkId(id), remote), geneve(NetworkId(id), remote)];
+            assert!(names.iter().all(|name| name.len() == 15 && may_matter(name)), "{names:?}");
+        }
         assert_eq!(router_link(PortId(id)), "qr-6f0c8a8e-0d");
         assert_eq!(gateway_link(PortId(id)), "qg-6f0c8a8e-0d");
         assert_eq!(object_of_space(&dhcp_space(NetworkId(id))), Some(NetworkId(id).object()));

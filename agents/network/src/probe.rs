@@ -1,14 +1,16 @@
 //! What this kernel can do, found by trying in a namespace that nobody sees.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use stackhand_kernel::exec::Program;
-use stackhand_kernel::netlink::{LinkChange, Links, NewKind, NewLink, WriteCount};
+use stackhand_kernel::netlink::{
+    Geneve, Gre, LinkChange, Links, NewKind, NewLink, Peer, Vxlan, WriteCount,
+};
 use stackhand_kernel::{Chain, netns};
 
-/// Kinds of link that network types need and that stand on their own.
-const KINDS: [&str; 6] = ["bridge", "veth", "vxlan", "gretap", "geneve", "ifb"];
+use crate::l2::BRIDGE;
 
 /// The kernel's release, such as `6.1.0-18-amd64`.
 #[must_use]
@@ -24,10 +26,12 @@ pub(crate) async fn abilities() -> Value {
     let mut found = serde_json::Map::new();
     match netns::in_a_scratch_netns(|| Links::connect(WriteCount::default())).await {
         Ok(links) => {
-            for kind in KINDS {
-                let works = try_kind(&links, kind).await;
-                found.insert(kind.to_owned(), works);
+            for (name, kind) in kinds() {
+                let works = try_kind(&links, name, kind).await;
+                found.insert(name.to_owned(), works);
             }
+            let works = try_vlan(&links).await;
+            found.insert("vlan".to_owned(), works);
         }
         Err(error) => {
             found.insert("links".to_owned(), json!(Chain(&error).to_string()));
@@ -44,18 +48,45 @@ pub(crate) async fn abilities() -> Value {
     Value::Object(found)
 }
 
-async fn try_kind(links: &Links, kind: &str) -> Value {
-    let name = format!("try-{kind}");
-    let kind = match kind {
-        "vxlan" => NewKind::Vxlan(stackhand_kernel::netlink::Vxlan {
-            vni: 1,
-            local: None,
-            port: 4789,
-            learning: false,
-        }),
-        "bridge" => NewKind::Bridge(crate::l2::BRIDGE),
-        other => NewKind::Plain(other.to_owned()),
-    };
+/// The types of network that these abilities allow.
+pub(crate) fn network_types(abilities: &Value) -> Vec<&'static str> {
+    let needs = [
+        ("local", "bridge"),
+        ("flat", "bridge"),
+        ("vlan", "vlan"),
+        ("vxlan", "vxlan"),
+        ("gre", "gretap"),
+        ("geneve", "geneve"),
+    ];
+    let has = |(_, kind): &(_, &str)| abilities[*kind] == json!(true);
+    needs.into_iter().filter(has).map(|(name, _)| name).collect()
+}
+
+/// Kinds of link that network types need and that stand on their own.
+fn kinds() -> [(&'static str, NewKind); 6] {
+    let (local, remote) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
+    let peer = Peer { name: "peer".to_owned(), mac: None, mtu: None, group: 0 };
+    let vxlan = Vxlan { vni: 1, local: None, port: 4789, learning: false };
+    [
+        ("bridge", NewKind::Bridge(BRIDGE)),
+        ("veth", NewKind::Veth(peer)),
+        ("vxlan", NewKind::Vxlan(vxlan)),
+        ("gretap", NewKind::Gre(Gre { key: 1, local, remote })),
+        ("geneve", NewKind::Geneve(Geneve { vni: 1, remote, port: 6081 })),
+        ("ifb", NewKind::Ifb),
+    ]
+}
+
+/// A VLAN needs a link to be on.
+async fn try_vlan(links: &Links) -> Value {
+    match links.index("try-bridge").await {
+        Ok(parent) => try_kind(links, "vlan", NewKind::Vlan { parent, id: 1 }).await,
+        Err(error) => json!(Chain(&error).to_string()),
+    }
+}
+
+async fn try_kind(links: &Links, name: &str, kind: NewKind) -> Value {
+    let name = format!("try-{name}");
     let new = NewLink { name, kind, group: 0, change: LinkChange::default() };
     match links.create(&new, None).await {
         Ok(()) => json!(true),

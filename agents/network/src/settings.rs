@@ -33,6 +33,10 @@ pub struct NetworkSettings {
     /// Seconds that a link with our mark is left alone when no document speaks of it, so that a
     /// lost ledger does not cut off the guests at once. Default: 60.
     pub orphan_grace_seconds: u64,
+    /// Whether links that OpenStack's Linux bridge agent left are adopted where they are what is
+    /// wanted under their name, and its filter is removed once ours is in force. Default: no, such a
+    /// link is an error on the object that wants its name.
+    pub takeover: bool,
 }
 
 impl Default for NetworkSettings {
@@ -47,6 +51,7 @@ impl Default for NetworkSettings {
             dns_domain: "stackhand.internal".to_owned(),
             dns_forwarders: None,
             orphan_grace_seconds: 60,
+            takeover: false,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! cause events, too: a pass clears the flag before it looks ([`Watcher::about_to_look`]), and what
 //! was heard by then costs no further pass.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use crate::freshness::Freshness;
 use crate::names;
 
 /// How long events are collected before they wake the runtime.
-const GATHER: Duration = Duration::from_millis(20);
+const GATHER: Duration = Duration::from_millis(10);
 
 /// Time between attempts to listen again after the socket failed.
 const REOPEN: Duration = Duration::from_secs(1);
@@ -41,6 +41,8 @@ struct Signal {
     dirty: AtomicBool,
     /// Changes of nftables are our own just now.
     ignores_nft: AtomicBool,
+    /// Numbers of the host's links whose neighbours are ours to set.
+    answering: Mutex<BTreeSet<u32>>,
     wake: Wake,
 }
 
@@ -82,8 +84,12 @@ impl Watcher {
     ///
     /// Passes on the kernel's refusal.
     pub(crate) fn start(wake: Wake, freshness: Arc<Freshness>) -> Result<Self, KernelError> {
-        let ignores_nft = AtomicBool::new(false);
-        let signal = Arc::new(Signal { dirty: AtomicBool::new(false), ignores_nft, wake });
+        let signal = Arc::new(Signal {
+            dirty: AtomicBool::new(false),
+            ignores_nft: AtomicBool::new(false),
+            answering: Mutex::default(),
+            wake,
+        });
         let monitor = Monitor::open()?;
         let host = tokio::spawn(listen(monitor, Arc::clone(&signal), None));
         let nft = tokio::spawn(listen_to_nft(NftMonitor::open()?, Arc::clone(&signal)));
@@ -110,6 +116,12 @@ impl Watcher {
             tokio::task::yield_now().await;
         }
         self.signal.dirty.store(false, Ordering::Release);
+    }
+
+    /// Minds neighbours that go from these links of the host and no others. The kernel tells of each
+    /// that goes, and not who set it.
+    pub(crate) fn mind_neighbours(&self, links: BTreeSet<u32>) {
+        *self.signal.answering.lock().unwrap_or_else(PoisonError::into_inner) = links;
     }
 
     /// Listens to these namespaces and no others.
@@ -175,7 +187,7 @@ async fn listen(mut monitor: Monitor, signal: Arc<Signal>, inside: Option<Place>
             if let Some(place) = &inside {
                 place.freshness.changed(&place.space);
             }
-            if !matters(&event, inside.is_some()) {
+            if !matters(&event, inside.is_some(), &signal) {
                 continue;
             }
             debug!(?event, "the host changed");
@@ -206,7 +218,8 @@ async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>, place: Pl
 /// Listens to changes of the tables that bear our name.
 async fn listen_to_nft(mut monitor: NftMonitor, signal: Arc<Signal>) {
     loop {
-        while monitor.next_of(crate::firewall::NAME).await.is_some() {
+        let ours = [crate::firewall::NAME, crate::qos::rules::TABLE];
+        while monitor.next_of(&ours).await.is_some() {
             if !signal.ignores_nft.load(Ordering::Acquire) {
                 debug!("somebody changed the firewall");
                 signal.heard();
@@ -225,7 +238,7 @@ async fn listen_to_nft(mut monitor: NftMonitor, signal: Arc<Signal>) {
 
 /// Whether an event could concern what we made or wait for. Uplinks have any name, so a link that
 /// belongs to a bridge counts, and one that appears or goes. Routes are ours in namespaces alone.
-fn matters(event: &Event, inside: bool) -> bool {
+fn matters(event: &Event, inside: bool, signal: &Signal) -> bool {
     match event {
         Event::Link(link) => {
             names::may_matter(&link.name)
@@ -237,7 +250,12 @@ fn matters(event: &Event, inside: bool) -> bool {
         | Event::Address(_)
         | Event::AddressGone(_)
         | Event::Neighbour(_)
+        | Event::Traffic(_)
         | Event::Lost => true,
+        Event::NeighbourGone(link) => {
+            let answering = signal.answering.lock().unwrap_or_else(PoisonError::into_inner);
+            !inside && answering.contains(link)
+        }
         Event::Route => inside,
     }
 }

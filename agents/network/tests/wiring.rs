@@ -1,5 +1,6 @@
 //! The agent on the real kernel: wiring, rest, drift, foreign objects, restart.
 
+#![allow(clippy::print_stdout, reason = "what was measured belongs to the output")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod support;
@@ -149,29 +150,18 @@ fn drift_is_heard_and_repaired_within_a_second() {
             .filter_map(|link| link["ifname"].as_str())
             .find(|name| name.starts_with("ns-"));
         let far = far.unwrap().to_owned();
-        for damage in [
+        let damages = [
             format!("ip link delete {tap}"),
             format!("ip link set {tap} nomaster"),
             format!("ip link set {tap} mtu 900"),
             format!("ip link delete {bridge}"),
             format!("ip link set {bridge} down"),
             format!("ip link set {bridge} type bridge stp_state 1"),
+            format!("ip link set {bridge} type bridge ageing_time 100"),
             format!("ip -n {space} address flush dev {far}"),
             format!("ip -n {space} link set {far} down"),
-        ] {
-            // Nothing of what went before is left to be heard.
-            tokio::time::sleep(Duration::from_millis(60)).await;
-            drain(&wake).await;
-            run(&damage).await;
-            let start = std::time::Instant::now();
-            tokio::time::timeout(Duration::from_secs(1), wake.notified())
-                .await
-                .unwrap_or_else(|_| panic!("nobody heard: {damage}"));
-            documents.settle(&agent).await;
-            assert!(start.elapsed() < Duration::from_secs(1), "{damage}: {:?}", start.elapsed());
-            println!("{damage}: repaired after {:?}", start.elapsed());
-            documents.rest(&agent).await;
-        }
+        ];
+        are_repaired(&damages, &documents, &agent, &wake).await;
         // A name alone makes no sound while sockets of ours keep the namespace: the next pass sees.
         run(&format!("ip netns delete {space}")).await;
         documents.settle(&agent).await;
@@ -186,6 +176,150 @@ fn drift_is_heard_and_repaired_within_a_second() {
         };
         assert!(repaired(format!("Port/{a}"), &format!("create link {tap}")), "{told:?}");
         assert!(repaired(format!("Network/{net}"), &format!("set link {bridge}: up")), "{told:?}");
+    });
+}
+
+#[test]
+fn drift_of_overlays_and_limits_is_heard_and_repaired_within_a_second() {
+    on_a_host(|| async {
+        let (agent, wake) = agent("one");
+        run("ip link add under type veth peer name wire").await;
+        run("ip address add 192.0.2.1/24 dev under").await;
+        let (net, here, limits) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let mut documents = Documents::default();
+        for (last, name) in [(1, "one"), (2, "two")] {
+            let spec = json!({"tunnel_address": format!("192.0.2.{last}")});
+            documents.put("Host", name, Uuid::new_v4(), spec);
+        }
+        documents.put("Network", "net", net, network("vxlan", &json!({"segment": 77})));
+        let both = json!([
+            {"direction": "ingress", "max_kbps": 1000},
+            {"direction": "egress", "max_kbps": 1000},
+        ]);
+        documents.put("QosPolicy", "limits", limits, json!({"bandwidth": both}));
+        let limited = port(net, "one", 10, &json!({"qos_policy": limits}));
+        documents.put("Port", "here", here, limited);
+        documents.put("Port", "there", Uuid::new_v4(), port(net, "two", 11, &json!({})));
+        documents.settle(&agent).await;
+        let (id, bridge) = (short(here), format!("brq{}", short(net)));
+        let damages = [
+            "bridge fdb delete fa:16:3e:00:00:0b dev vxlan-77 dst 192.0.2.2 self".to_owned(),
+            "bridge fdb replace fa:16:3e:00:00:0b dev vxlan-77 dst 192.0.2.9 self".to_owned(),
+            "bridge fdb delete 00:00:00:00:00:00 dev vxlan-77 dst 192.0.2.2 self".to_owned(),
+            "bridge fdb delete fa:16:3e:00:00:0b dev vxlan-77 master".to_owned(),
+            "ip link set vxlan-77 type vxlan learning".to_owned(),
+            "ip link delete vxlan-77".to_owned(),
+            format!("ip neighbour delete 10.7.0.11 dev {bridge}"),
+            format!("ip neighbour replace 10.7.0.11 lladdr 02:00:00:00:00:01 dev {bridge}"),
+            "sysctl -w net.ipv6.conf.vxlan-77.disable_ipv6=0".to_owned(),
+            format!("tc qdisc delete dev tap{id} root"),
+            format!("tc qdisc change dev tap{id} root tbf rate 9mbit burst 10kb latency 50ms"),
+            format!("tc filter delete dev tap{id} ingress"),
+            format!("tc qdisc delete dev ifb{id} root"),
+            format!("ip link delete ifb{id}"),
+        ];
+        are_repaired(&damages, &documents, &agent, &wake).await;
+    });
+}
+
+/// Does each damage, and expects it to be heard and undone within a second.
+async fn are_repaired(
+    damages: &[String],
+    documents: &Documents,
+    agent: &NetworkAgent,
+    wake: &Notify,
+) {
+    for damage in damages {
+        // Nothing of what went before is left to be heard.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        drain(wake).await;
+        run(damage).await;
+        let start = std::time::Instant::now();
+        tokio::time::timeout(Duration::from_secs(1), wake.notified())
+            .await
+            .unwrap_or_else(|_| panic!("nobody heard: {damage}"));
+        let drift = agent.plan(documents.desired()).await.unwrap();
+        assert!(!drift.is_empty(), "{damage}: a plan shows what it will do");
+        documents.settle(agent).await;
+        assert!(start.elapsed() < Duration::from_secs(1), "{damage}: {:?}", start.elapsed());
+        println!("{damage}: repaired after {:?} by: {}", start.elapsed(), drift[0].change);
+        documents.rest(agent).await;
+    }
+}
+
+#[test]
+fn each_bad_wish_is_told_on_its_object_and_all_else_is_wired() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        run("ip link add under type veth peer name wire").await;
+        run("ip address add 192.0.2.1/24 dev under").await;
+        run("ip link add mine type vxlan id 77 dstport 4789").await;
+        run("ip link add br-ex type bridge").await;
+        let mut documents = Documents::default();
+        let mut put = |kind: &str, name: &str, spec: serde_json::Value| {
+            let id = Uuid::new_v4();
+            (documents.put(kind, name, id, spec), id)
+        };
+        let mappings = json!({"bridged": "br-ex", "lost": "eth77", "tagged": "under"});
+        let own = json!({"tunnel_address": "192.0.2.1", "bridge_mappings": mappings});
+        put("Host", "one", own);
+        for (name, address) in [("twin", "192.0.2.1"), ("six", "2001:db8::6")] {
+            put("Host", name, json!({"tunnel_address": address}));
+        }
+        let flat = |physical: &str| network("flat", &json!({"physical_network": physical}));
+        let tagged = json!({"physical_network": "tagged", "segment": 7});
+        let wishes = [
+            (
+                "taken",
+                network("vxlan", &json!({"segment": 77})),
+                "VNI 77 on UDP port 4789 is taken by link mine",
+            ),
+            (
+                "large",
+                network("vxlan", &json!({"segment": 78, "mtu": 1500})),
+                "mtu 1500 does not fit",
+            ),
+            ("bridged", flat("bridged"), "is a bridge, which no other bridge can have as its port"),
+            ("lost", flat("lost"), "link eth77 of physical network"),
+            ("unmapped", flat("elsewhere"), "no link to physical network"),
+            ("tagged", network("vlan", &tagged), "load the module 8021q"),
+            ("good", network("vxlan", &json!({"segment": 79})), ""),
+        ];
+        let mut expected = Vec::new();
+        for (name, spec, reason) in wishes {
+            let (object, id) = put("Network", name, spec);
+            let last = 10 + u8::try_from(expected.len()).unwrap();
+            let (port_object, port_id) = put("Port", name, port(id, "one", last, &json!({})));
+            expected.push((object, reason, port_object, port_id));
+            if name == "good" {
+                for (other, last, reason) in [
+                    ("twin", 30, "this host's own tunnel address"),
+                    ("six", 31, "both must be IPv4 or both IPv6"),
+                ] {
+                    let (object, _) = put("Port", other, port(id, other, last, &json!({})));
+                    expected.push((object, reason, object, Uuid::nil()));
+                }
+            }
+        }
+        let report = documents.pass(&agent).await;
+        let has_vlans = agent.facts().await["abilities"]["vlan"] == json!(true);
+        for (object, wanted, port, id) in expected {
+            if wanted.is_empty() || wanted.contains("8021q") && has_vlans {
+                for object in [object, port] {
+                    let outcome = &report.outcomes[&object];
+                    assert!(matches!(outcome, Outcome::Active { .. }), "{object}: {outcome:?}");
+                }
+                assert!(link(&format!("tap{}", short(id))).await.is_some());
+                continue;
+            }
+            let told = reason(&report.outcomes[&object]);
+            assert!(told.contains(wanted), "{told}");
+            if port != object {
+                let told = reason(&report.outcomes[&port]);
+                assert!(told.contains("waits for its network"), "{told}");
+            }
+        }
+        assert!(link("mine").await.is_some() && link("br-ex").await.unwrap()["master"].is_null());
     });
 }
 

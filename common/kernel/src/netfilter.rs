@@ -251,9 +251,9 @@ impl NftMonitor {
         open().map_err(|source| refused("listen", "nftables", source))
     }
 
-    /// Returns when something of a table called `name`, of whatever family, changed; `None` once
-    /// the socket fails.
-    pub async fn next_of(&mut self, name: &str) -> Option<()> {
+    /// Returns when something of a table with one of these names, of whatever family, changed;
+    /// `None` once the socket fails.
+    pub async fn next_of(&mut self, names: &[&str]) -> Option<()> {
         let mut piece = Vec::with_capacity(PIECE);
         loop {
             piece.clear();
@@ -267,7 +267,8 @@ impl NftMonitor {
                 // The kernel tells the end of a transaction, too, which names no table.
                 if message.kind != NEW_GENERATION
                     && let Some((_, attributes)) = message.body.split_at_checked(4)
-                    && attribute::text(attributes, nft::TABLE).is_some_and(|table| table == name)
+                    && attribute::text(attributes, nft::TABLE)
+                        .is_some_and(|table| names.contains(&table))
                 {
                     return Some(());
                 }

@@ -1,4 +1,5 @@
-//! Route netlink: links, addresses, routes, neighbours and forwarding entries of one namespace.
+//! Route netlink: links, addresses, routes, neighbours, forwarding entries and queues of one
+//! namespace.
 //!
 //! [`Links`] is a handle on one netlink socket. Reading gives plain values ([`Link`], [`Address`],
 //! …); writing takes plain values ([`NewLink`], [`LinkChange`], …). No netlink type shows outside
@@ -10,6 +11,7 @@ mod link;
 mod monitor;
 mod neighbour;
 mod route;
+mod traffic;
 
 use std::io;
 use std::sync::Arc;
@@ -26,12 +28,13 @@ use crate::{KernelError, Netns};
 
 pub use address::Address;
 pub use link::{
-    Bridge, BridgePort, Link, LinkChange, LinkKind, MAX_LINK_NAME, NewKind, NewLink, Peer, Routing,
-    RoutingV6, Tap, Vxlan,
+    Bridge, BridgePort, Geneve, Gre, Link, LinkChange, LinkKind, MAX_LINK_NAME, NewKind, NewLink,
+    Peer, Routing, RoutingV6, Tap, Vxlan,
 };
 pub use monitor::{Event, Monitor};
 pub use neighbour::{FdbEntry, FdbTable, Neighbour};
 pub use route::{Hop, RouteEntry};
+pub use traffic::{Queue, QueueKind, Shaper};
 
 /// How often a list is asked for until it is whole.
 const DUMPS: usize = 10;

@@ -2,20 +2,28 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use stackhand_kernel::exec::Program;
 use stackhand_kernel::netlink::{
     Address, Bridge, BridgePort, Event, FdbEntry, FdbTable, Hop, Link, LinkChange, LinkKind, Links,
-    Monitor, Neighbour, NewKind, NewLink, Peer, RouteEntry, Tap, Vxlan, WriteCount,
+    Monitor, Neighbour, NewKind, NewLink, Peer, Queue, QueueKind, RouteEntry, Shaper, Tap, Vxlan,
+    WriteCount,
 };
 use stackhand_kernel::tun::{NewTap, VirtioHeader};
 use stackhand_kernel::{KernelError, Netns, netns, packet, sysctl};
 use stackhand_model::MacAddr;
-use support::on_a_host;
+use stackhand_testkit::on_a_host;
+
+const BRIDGE: Bridge = Bridge {
+    stp: false,
+    forward_delay: 0,
+    ageing_time: 30_000,
+    multicast_snooping: false,
+    netfilter: false,
+};
 
 const MAC: MacAddr = MacAddr([0xfa, 0x16, 0x3e, 0, 0, 1]);
 
@@ -28,12 +36,7 @@ fn new(name: &str, kind: NewKind, change: LinkChange) -> NewLink {
 }
 
 fn bridge() -> NewKind {
-    NewKind::Bridge(Bridge {
-        stp: false,
-        forward_delay: 0,
-        multicast_snooping: false,
-        netfilter: false,
-    })
+    NewKind::Bridge(BRIDGE)
 }
 
 fn tap() -> Tap {
@@ -58,15 +61,7 @@ fn a_bridge_and_a_tap_come_out_as_asked_for_and_every_write_is_counted() {
         let made = get(&links, "br0").await;
         assert_eq!((made.mtu, made.up, made.group), (1450, true, 77));
         assert_eq!(made.alias.as_deref(), Some("mark"));
-        assert_eq!(
-            made.kind,
-            LinkKind::Bridge(Bridge {
-                stp: false,
-                forward_delay: 0,
-                multicast_snooping: false,
-                netfilter: false
-            })
-        );
+        assert_eq!(made.kind, LinkKind::Bridge(BRIDGE));
         assert_eq!(links.writes().get(), 2);
 
         let change = LinkChange { master: Some(Some(made.index)), ..change };
@@ -81,8 +76,13 @@ fn a_bridge_and_a_tap_come_out_as_asked_for_and_every_write_is_counted() {
         let isolated = BridgePort { isolated: true, neighbour_suppression: true, hairpin: false };
         links.change_port(port.index, "tap0", isolated).await.unwrap();
         assert_eq!(get(&links, "tap0").await.port, Some(isolated));
-        let snooping =
-            Bridge { stp: false, forward_delay: 200, multicast_snooping: true, netfilter: true };
+        let snooping = Bridge {
+            forward_delay: 200,
+            ageing_time: 100,
+            multicast_snooping: true,
+            netfilter: true,
+            ..BRIDGE
+        };
         links.change_bridge(made.index, "br0", snooping).await.unwrap();
         assert_eq!(get(&links, "br0").await.kind, LinkKind::Bridge(snooping));
 
@@ -337,5 +337,47 @@ fn a_scratch_namespace_is_empty_and_leaves_no_name() {
         let scratch = scratch.await.unwrap();
         assert_eq!(scratch.link("br0").await.unwrap(), None);
         assert_eq!(Netns::list().unwrap(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_link_is_held_to_a_rate_in_both_directions_beside_what_others_set() {
+    on_a_host(|| async {
+        let links = links();
+        links.create(&new("tap0", NewKind::Tap(tap()), LinkChange::default()), None).await.unwrap();
+        links.create(&new("ifb0", NewKind::Ifb, LinkChange::default()), None).await.unwrap();
+        let (port, queue) =
+            (links.index("tap0").await.unwrap(), links.index("ifb0").await.unwrap());
+        assert_eq!(links.queues().await.unwrap(), []);
+        for shaper in [
+            Shaper { rate: 125, burst: 3100, limit: 30_000 },
+            Shaper { rate: 1_250_000, burst: 1_000_000, limit: 62_500 },
+            Shaper { rate: 12_500_000_000, burst: 4_000_000_000, limit: 625_000_000 },
+        ] {
+            links.set_shaper(port, "tap0", shaper).await.unwrap();
+            let [Queue { link, kind: QueueKind::Shaper(seen) }] = links.queues().await.unwrap()[..]
+            else {
+                panic!("one shaper")
+            };
+            assert_eq!(link, port);
+            assert!(seen.is_about(&shaper), "{shaper:?} came out as {seen:?}");
+            assert!(!Shaper { rate: seen.rate + 1, ..seen }.is_about(&shaper));
+        }
+        assert_eq!(get(&links, "tap0").await.queue, "tbf");
+        links.remove_shaper(port, "tap0").await.unwrap();
+        links.remove_shaper(port, "tap0").await.unwrap();
+        assert_eq!(links.queues().await.unwrap(), []);
+
+        assert_eq!(links.redirect(port, "tap0").await.unwrap(), None);
+        links.set_redirect(port, "tap0", queue).await.unwrap();
+        links.set_redirect(port, "tap0", queue).await.unwrap();
+        assert_eq!(links.redirect(port, "tap0").await.unwrap(), Some(queue));
+        let others = "filter add dev tap0 parent ffff: prio 7 u32 match u32 0 0 action pass";
+        Program::new("/usr/sbin/tc").args(others.split(' ')).run().await.unwrap();
+        links.remove_redirect(port, "tap0").await.unwrap();
+        links.remove_redirect(port, "tap0").await.unwrap();
+        assert_eq!(links.redirect(port, "tap0").await.unwrap(), None);
+        let show = Program::new("/usr/sbin/tc").args(["filter", "show", "dev", "tap0", "ingress"]);
+        assert!(show.run().await.unwrap().text().contains("pref 7"), "other people's filters stay");
     });
 }

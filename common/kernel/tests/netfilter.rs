@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod support;
-
 use std::net::UdpSocket;
 use std::time::Duration;
 
@@ -11,8 +9,8 @@ use stackhand_kernel::Netns;
 use stackhand_kernel::exec::Program;
 use stackhand_kernel::netfilter::{Element, Family, Netfilter, NftChange, NftMonitor, Table};
 use stackhand_kernel::netlink::{LinkChange, Links, WriteCount};
+use stackhand_testkit::on_a_host;
 use stackhand_testkit::wait_for;
-use support::on_a_host;
 
 const SCRIPT: &str = r#"
 table inet tried {

@@ -93,12 +93,15 @@ pub struct AgentContext<S> {
 type Start<A, S> = Box<dyn FnOnce(AgentContext<S>) -> Starting<A> + Send>;
 type Starting<A> = Pin<Box<dyn Future<Output = Result<A, StartError>> + Send>>;
 type Checks<S> = Box<dyn Fn(&Loaded<S>) -> Vec<Check> + Send>;
+type Release = Box<dyn FnOnce() -> Releasing + Send>;
+type Releasing = Pin<Box<dyn Future<Output = io::Result<String>> + Send>>;
 
 /// One agent's program.
 pub struct Program<A, S> {
     version: &'static str,
     start: Start<A, S>,
     checks: Checks<S>,
+    release: Option<Release>,
 }
 
 impl<A: Agent, S: AgentSection> Program<A, S> {
@@ -116,7 +119,7 @@ impl<A: Agent, S: AgentSection> Program<A, S> {
             let starting = start(context);
             Box::pin(async move { starting.await.map_err(Into::into) })
         });
-        Self { version, start, checks: Box::new(|_settings| Vec::new()) }
+        Self { version, start, checks: Box::new(|_settings| Vec::new()), release: None }
     }
 
     /// Adds the agent's own preflight checks to those that all agents have.
@@ -126,6 +129,16 @@ impl<A: Agent, S: AgentSection> Program<A, S> {
         checks: impl Fn(&Loaded<S>) -> Vec<Check> + Send + 'static,
     ) -> Self {
         self.checks = Box::new(checks);
+        self
+    }
+
+    /// Adds what `--release` does: take the agent's marks from the host, and say so.
+    #[must_use]
+    pub fn with_release<F>(mut self, release: impl FnOnce() -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = io::Result<String>> + Send + 'static,
+    {
+        self.release = Some(Box::new(move || Box::pin(release())));
         self
     }
 
@@ -170,6 +183,9 @@ impl<A: Agent, S: AgentSection> Program<A, S> {
             Ok(runtime) => runtime,
             Err(error) => return fail("cannot start threads", &error),
         };
+        if options.release {
+            return release(&runtime, &loaded, A::KIND, self.release);
+        }
         let mut checks = preflight::common_checks(&loaded);
         checks.extend((self.checks)(&loaded));
         if options.preflight {
@@ -396,6 +412,34 @@ fn export<S: AgentSection>(loaded: &Loaded<S>, agent: AgentKind) -> ExitCode {
             ExitCode::from(exit::CLEAN)
         }
         Err(error) => fail("cannot export the ledger", &error),
+    }
+}
+
+/// Takes the agent's marks from the host, while the ledger is held so that no agent runs.
+fn release<S: AgentSection>(
+    runtime: &tokio::runtime::Runtime,
+    loaded: &Loaded<S>,
+    agent: AgentKind,
+    release: Option<Release>,
+) -> ExitCode {
+    let Some(release) = release else {
+        return fail(
+            "cannot release",
+            &io::Error::other("this agent leaves no marks to take away"),
+        );
+    };
+    let common = &loaded.settings.common;
+    let released = runtime.block_on(async {
+        let held = Ledger::open(&common.state_dir, agent, &common.host);
+        let _ledger = held.map_err(io::Error::other)?;
+        release().await
+    });
+    match released {
+        Ok(told) => {
+            tell(io::stdout(), &told);
+            ExitCode::from(exit::CLEAN)
+        }
+        Err(error) => fail("cannot release", &error),
     }
 }
 

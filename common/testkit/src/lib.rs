@@ -1,6 +1,8 @@
 //! Fixtures for tests that touch a real kernel, real sockets and real processes.
 //!
-//! * [`in_netns`]: a test in a network namespace of its own;
+//! * [`in_netns`]: a test in a network namespace of its own; [`on_a_host`]: with names of
+//!   namespaces of its own, too;
+//! * [`in_the_lab`]: tests of a binary that need a full kernel, in a machine that has one;
 //! * [`wait_for`] and [`wait_for_sync`]: wait for a condition with a deadline, never for a time;
 //! * [`bin`] and [`Spawned`]: the workspace's own programs, started and surely ended;
 //! * [`broker`]: private RabbitMQ nodes, to be killed and restarted at will;
@@ -11,11 +13,13 @@
 
 pub mod broker;
 pub mod guest;
+mod lab;
 mod netns;
 mod process;
 mod wait;
 
-pub use netns::in_netns;
+pub use lab::in_the_lab;
+pub use netns::{in_netns, on_a_host};
 pub use process::{Spawned, bin};
 pub use wait::{wait_for, wait_for_sync};
 

@@ -1,9 +1,10 @@
-//! A private network namespace per test.
+//! A private network namespace per test, or a whole host.
 
 use std::future::Future;
 use std::panic::resume_unwind;
 use std::thread;
 
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 /// Runs `test` on a thread of its own, inside a new and empty network namespace.
@@ -25,12 +26,41 @@ where
     Test: FnOnce() -> Fut + Send,
     Fut: Future<Output = ()>,
 {
+    on_a_thread(CloneFlags::CLONE_NEWNET, test);
+}
+
+/// As [`in_netns`], with a mount namespace of its own and an empty `/run`, so that names of network
+/// namespaces that `test` makes are its own, too: a host.
+///
+/// # Panics
+///
+/// As [`in_netns`].
+pub fn on_a_host<Test, Fut>(test: Test)
+where
+    Test: FnOnce() -> Fut + Send,
+    Fut: Future<Output = ()>,
+{
+    on_a_thread(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS, test);
+}
+
+fn on_a_thread<Test, Fut>(spaces: CloneFlags, test: Test)
+where
+    Test: FnOnce() -> Fut + Send,
+    Fut: Future<Output = ()>,
+{
     let body = move || {
-        if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
+        if let Err(errno) = unshare(spaces) {
             crate::missing(&format!(
-                "a network namespace cannot be made ({errno}); be root, or prefix `unshare -Urn`"
+                "namespaces cannot be made ({errno}); be root, or prefix `unshare -Urn`"
             ));
             return;
+        }
+        if spaces.contains(CloneFlags::CLONE_NEWNS) {
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+                .expect("mounts can be kept to this thread");
+            mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>)
+                .expect("an empty /run can be mounted");
         }
         tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -82,7 +82,7 @@ fn write_settings(folder: &Path, agent: AgentKind, url: &str) -> anyhow::Result<
 }
 
 /// Processor time used so far, by /proc/PID/stat (fields 14 and 15, in hundredths of a second).
-fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+pub(crate) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let after_name = stat.rsplit_once(')').context("/proc/PID/stat has no name")?.1;
     let fields: Vec<&str> = after_name.split_whitespace().collect();
@@ -92,7 +92,7 @@ fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
 }
 
 /// An amount of memory, by /proc/PID/status.
-fn status_mib(pid: u32, name: &str) -> anyhow::Result<f64> {
+pub(crate) fn status_mib(pid: u32, name: &str) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = status
         .lines()

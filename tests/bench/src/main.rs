@@ -9,6 +9,7 @@ mod agents;
 mod compute;
 mod fleet;
 mod ledger;
+mod ports;
 mod rpc;
 mod table;
 
@@ -22,8 +23,8 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, list, compute. Default: all.
-    #[arg(value_parser = ["rpc", "ledger", "agents", "list", "compute"])]
+    /// Which to run: rpc, ledger, agents, list, compute, ports. Default: all.
+    #[arg(value_parser = ["rpc", "ledger", "agents", "list", "compute", "ports"])]
     names: Vec<String>,
     #[command(subcommand)]
     role: Option<Role>,
@@ -65,6 +66,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("compute") {
         all.extend(finish("compute", compute::run().await?)?);
+    }
+    if wanted("ports") {
+        all.extend(finish("ports", ports::run().await?)?);
     }
     missed |= all.iter().any(|row| !row.met());
     table::print(&all)?;

@@ -27,6 +27,8 @@ pub(crate) enum Bar {
     AtMost(f64),
     /// At least this many times the floor.
     TimesFloor(f64),
+    /// At most this many times the floor.
+    AtMostTimesFloor(f64),
     /// Told for comparison.
     Told,
 }
@@ -40,15 +42,36 @@ impl Row {
         Self { what: what.into(), figure, unit, bar: Bar::TimesFloor(bar), floor: Some(floor) }
     }
 
+    pub(crate) fn times_at_most(
+        what: &str,
+        figure: f64,
+        unit: &'static str,
+        floor: f64,
+        bar: f64,
+    ) -> Self {
+        Self {
+            what: what.into(),
+            figure,
+            unit,
+            bar: Bar::AtMostTimesFloor(bar),
+            floor: Some(floor),
+        }
+    }
+
     pub(crate) fn told(what: &str, figure: f64, unit: &'static str) -> Self {
         Self { what: what.into(), figure, unit, bar: Bar::Told, floor: None }
+    }
+
+    pub(crate) fn figure(&self) -> f64 {
+        self.figure
     }
 
     pub(crate) fn met(&self) -> bool {
         match (self.bar, self.floor) {
             (Bar::AtMost(bar), _) => self.figure <= bar,
             (Bar::TimesFloor(bar), Some(floor)) => self.figure >= bar * floor,
-            (Bar::TimesFloor(_), None) => false,
+            (Bar::AtMostTimesFloor(bar), Some(floor)) => self.figure <= bar * floor,
+            (Bar::TimesFloor(_) | Bar::AtMostTimesFloor(_), None) => false,
             (Bar::Told, _) => true,
         }
     }
@@ -62,6 +85,10 @@ impl Row {
         let unit = self.unit;
         let (bar, floor) = match (self.bar, self.floor) {
             (Bar::AtMost(bar), _) => (format!("<= {} {unit}", number(bar)), String::new()),
+            (Bar::AtMostTimesFloor(bar), Some(floor)) => (
+                format!("<= {bar} x floor"),
+                format!("{} {unit} (x {:.1})", number(floor), self.figure / floor),
+            ),
             (Bar::TimesFloor(bar), Some(floor)) => (
                 format!(">= {bar} x floor"),
                 format!("{} {unit} (x {:.1})", number(floor), self.figure / floor),

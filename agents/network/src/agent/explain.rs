@@ -167,10 +167,15 @@ fn way(tap: &At, asked: &Question, host: &str, wish: &HostWish, seen: &Seen) -> 
     }
     let bridge = seen.links.get(tap).and_then(|link| link.bridge.clone()).unwrap_or_default();
     let wired = wish.wired.values().find(|wired| wired.bridge == bridge);
-    let Some(uplink) = wired.and_then(|wired| wired.uplink.clone()) else {
+    let (mac, peer) = (asked.peer.mac, &asked.peer.host);
+    // Of links that each lead to one host, the one behind which the bridge was told the address is.
+    let told = |uplink: &&String| {
+        seen.forwarding.get(*uplink).is_some_and(|table| table.in_bridge.contains(&mac))
+    };
+    let uplinks = wired.map(|wired| &wired.uplinks).into_iter().flatten();
+    let Some(uplink) = uplinks.clone().find(told).or_else(|| uplinks.clone().next()) else {
         return check(false, format!("bridge {bridge} has no link to other hosts"));
     };
-    let (mac, peer) = (asked.peer.mac, &asked.peer.host);
     let neighbour = seen
         .neighbours
         .get(&bridge)
@@ -182,11 +187,14 @@ fn way(tap: &At, asked: &Question, host: &str, wish: &HostWish, seen: &Seen) -> 
         }
         None => "; the peer answers for its address itself",
     };
-    let Some(table) = seen.forwarding.get(&uplink) else {
+    let Some(table) = seen.forwarding.get(uplink) else {
         return check(true, format!("frames leave by {uplink}, which learns where addresses are"));
     };
     match table.unicast.get(&mac).and_then(|hosts| hosts.first()) {
         Some(via) => check(true, format!("{mac} is behind {via} by {uplink}{answered}")),
+        None if told(&uplink) && table.flood.is_empty() => {
+            check(true, format!("{mac} is behind the tunnel {uplink}{answered}"))
+        }
         None => check(false, format!("{uplink} has no entry for {mac} of host {peer}")),
     }
 }

@@ -217,7 +217,7 @@ impl Host<'_> {
         let mut facts = json!({
             "wired": true,
             "bridge": wired.bridge,
-            "uplink": wired.uplink,
+            "uplinks": wired.uplinks,
             "mtu": wired.mtu,
         });
         // Links that somebody put into our bridge: told, not touched.
@@ -283,7 +283,9 @@ pub(super) fn troubles(
 
 /// The host's own links, for controllers.
 pub(super) fn link_facts(seen: &Seen) -> Value {
-    let is_hosts = |kind: &SeenKind| matches!(kind, SeenKind::Other(_) | SeenKind::Pair);
+    let is_hosts = |kind: &SeenKind| {
+        matches!(kind, SeenKind::Other(_) | SeenKind::Pair | SeenKind::Vlan { .. })
+    };
     let facts: Map<String, Value> = seen
         .links
         .iter()

@@ -101,7 +101,7 @@ impl Builder<'_> {
             set: Set {
                 bridge: Some(Some(bridge.to_owned())),
                 port: Some(BridgePort { isolated: kept_apart, ..BridgePort::default() }),
-                ..common
+                ..common.clone()
             },
             addresses: None,
         };

@@ -214,7 +214,7 @@ impl<'a> Builder<'a> {
                 bridge: Some(Some(bridge.to_owned())),
                 ipv6_off: Some(true),
                 port: Some(BridgePort::default()),
-                ..common
+                ..common.clone()
             },
             addresses: None,
         };

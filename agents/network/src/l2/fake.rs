@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use stackhand_kernel::KernelError;
-use stackhand_kernel::netlink::{BridgePort, Routing};
+use stackhand_kernel::netlink::{BridgePort, QueueKind, Routing};
 
 use super::{At, BRIDGE, Change, HostNet, Make, Owner, Seen, SeenKind, SeenLink, Set};
 use crate::names::object_of_space;
@@ -86,6 +86,8 @@ pub fn bare(kind: SeenKind, owner: Owner) -> SeenLink {
         ipv6_off: false,
         port: BridgePort::default(),
         addresses: BTreeSet::new(),
+        queue: None,
+        redirect: None,
         routing: Routing::default(),
     }
 }
@@ -125,6 +127,13 @@ impl Seen {
                     Make::Bridge => SeenKind::Bridge(BRIDGE),
                     Make::Tap(tap) => SeenKind::Tap(*tap),
                     Make::Vxlan(vxlan) => SeenKind::Vxlan(vxlan.clone()),
+                    Make::Vlan { parent, id } => {
+                        self.link(&At::host(parent.clone()))?;
+                        SeenKind::Vlan { parent: Some(parent.clone()), id: *id }
+                    }
+                    Make::Gre(gre) => SeenKind::Gre(gre.clone()),
+                    Make::Geneve(geneve) => SeenKind::Geneve(geneve.clone()),
+                    Make::Ifb => SeenKind::Ifb,
                     Make::Pair { peer, peer_mac } => {
                         if peer.space.as_ref().is_some_and(|space| !self.spaces.contains_key(space))
                         {
@@ -201,8 +210,8 @@ impl Seen {
     }
 
     fn set(&mut self, at: &At, set: &Set) -> Result<(), KernelError> {
-        if let Some(Some(bridge)) = &set.bridge {
-            self.link(&At::host(bridge.clone()))?;
+        for other in [&set.bridge, &set.redirect].into_iter().flatten().flatten() {
+            self.link(&At::host(other.clone()))?;
         }
         let link = self.link(at)?;
         if let Some(mark) = set.mark {
@@ -223,6 +232,15 @@ impl Seen {
             }
             link.port = port;
         }
+        if let (Some(want), SeenKind::Vxlan(vxlan)) = (set.learning, &mut link.kind) {
+            vxlan.learning = want;
+        }
+        if let Some(shaper) = set.shaper {
+            link.queue = shaper.map(QueueKind::Shaper);
+        }
+        if let Some(redirect) = &set.redirect {
+            link.redirect.clone_from(redirect);
+        }
         if let (Some(want), SeenKind::Bridge(bridge)) = (set.as_bridge, &mut link.kind) {
             *bridge = want;
         }
@@ -238,7 +256,18 @@ impl Seen {
 
     fn remove(&mut self, at: &At) {
         let Some(link) = self.links.remove(at) else { return };
+        // VLANs go with the link that they are of.
+        let is_on = |link: &SeenLink| matches!(&link.kind, SeenKind::Vlan { parent: Some(parent), .. } if *parent == at.link);
+        if at.space.is_none() {
+            self.links.retain(|_, link| !is_on(link));
+        }
         match link.kind {
+            // Nobody looks at a redirect whose target is gone.
+            SeenKind::Ifb => {
+                for link in self.links.values_mut() {
+                    link.redirect = link.redirect.take().filter(|to| *to != at.link);
+                }
+            }
             SeenKind::Bridge(_) => {
                 for port in self.links.values_mut() {
                     if port.bridge.as_ref() == Some(&at.link) {

@@ -168,6 +168,7 @@ impl NetlinkHost {
         let addresses = host.addresses().await?;
         take(&mut seen, &mut indices, None, &links, &addresses);
         self.look_at_forwarding(&host, &links, &mut seen).await?;
+        look_at_queues(&host, &links, &mut seen).await?;
 
         let names: Vec<String> = Netns::list()?
             .into_iter()
@@ -245,12 +246,14 @@ impl NetlinkHost {
             .filter(|link| matches!(owner(link), Owner::Ours(_) | Owner::Unfinished))
             .map(|link| (link.index, link))
             .collect();
-        if ours.values().any(|link| matches!(link.kind, LinkKind::Vxlan(_))) {
+        let is_overlay = |link: &Link| {
+            matches!(link.kind, LinkKind::Vxlan(_) | LinkKind::Gre(_) | LinkKind::Geneve(_))
+        };
+        if ours.values().any(|link| is_overlay(link)) {
             for entry in host.forwarding().await? {
-                let Some(link) = ours.get(&entry.link) else { continue };
-                if !matches!(link.kind, LinkKind::Vxlan(_)) {
+                let Some(link) = ours.get(&entry.link).filter(|link| is_overlay(link)) else {
                     continue;
-                }
+                };
                 let table = seen.forwarding.entry(link.name.clone()).or_default();
                 match entry.table {
                     FdbTable::Bridge => drop(table.in_bridge.insert(entry.mac)),
@@ -293,6 +296,13 @@ impl NetlinkHost {
                 NewKind::Tap(*tap)
             }
             Make::Vxlan(vxlan) => NewKind::Vxlan(vxlan.clone()),
+            Make::Vlan { parent, id } => {
+                let parent = self.index(&links, &At::host(parent.clone())).await?;
+                NewKind::Vlan { parent, id: *id }
+            }
+            Make::Gre(gre) => NewKind::Gre(gre.clone()),
+            Make::Geneve(geneve) => NewKind::Geneve(geneve.clone()),
+            Make::Ifb => NewKind::Ifb,
             Make::Pair { peer, peer_mac } => {
                 if let Some(space) = &peer.space {
                     peer_space = Some(Netns::named(space)?.open()?);
@@ -311,8 +321,15 @@ impl NetlinkHost {
         lock(&self.indices).remove(at);
         let new = NewLink { name: at.link.clone(), kind, group: UNFINISHED_GROUP, change };
         links.create(&new, peer_space.as_ref()).await?;
-        let rest =
-            Set { mark: None, mac: None, mtu: None, bridge: None, as_bridge: None, ..set.clone() };
+        let rest = Set {
+            mark: None,
+            mac: None,
+            mtu: None,
+            bridge: None,
+            as_bridge: None,
+            learning: None,
+            ..set.clone()
+        };
         let port = rest.port.filter(|port| *port != BridgePort::default());
         self.set(at, &Set { port, ..rest }).await
     }
@@ -344,6 +361,9 @@ impl NetlinkHost {
         if let Some(bridge) = set.as_bridge {
             links.change_bridge(index, &at.link, bridge).await?;
         }
+        if let Some(learning) = set.learning {
+            links.set_learning(index, &at.link, learning).await?;
+        }
         if let Some(off) = set.ipv6_off {
             self.set_ipv6(at, off).await?;
         }
@@ -356,6 +376,20 @@ impl NetlinkHost {
         if set.up == Some(true) {
             let up = LinkChange { up: Some(true), ..LinkChange::default() };
             links.change(index, &at.link, &up).await?;
+        }
+        // Last: a kernel that cannot limit a port can connect it.
+        match set.shaper {
+            Some(Some(shaper)) => links.set_shaper(index, &at.link, shaper).await?,
+            Some(None) => links.remove_shaper(index, &at.link).await?,
+            None => {}
+        }
+        match &set.redirect {
+            Some(Some(to)) => {
+                let to = self.index(&links, &At::host(to.clone())).await?;
+                links.set_redirect(index, &at.link, to).await?;
+            }
+            Some(None) => links.remove_redirect(index, &at.link).await?,
+            None => {}
         }
         Ok(())
     }
@@ -524,6 +558,37 @@ impl NetlinkHost {
     }
 }
 
+/// Reads the queues of the host's links. Costs nothing where nobody limits anything: a list of links
+/// names kinds of queues, and a redirect of ours leads to a link of ours.
+async fn look_at_queues(host: &Links, links: &[Link], seen: &mut Seen) -> Result<(), KernelError> {
+    let names: BTreeMap<u32, &str> =
+        links.iter().map(|link| (link.index, link.name.as_str())).collect();
+    let shaped = |link: &Link| link.queue == "tbf" || link.name.starts_with("tap");
+    if links.iter().any(|link| shaped(link) && !is_default(&link.queue)) {
+        for queue in host.queues().await? {
+            let Some(name) = names.get(&queue.link) else { continue };
+            if let Some(link) = seen.links.get_mut(&At::host(*name)) {
+                link.queue = Some(queue.kind);
+            }
+        }
+    }
+    for link in links.iter().filter(|link| link.kind == LinkKind::Ifb) {
+        let Some(port) = link.name.strip_prefix("ifb") else { continue };
+        let tap = At::host(format!("tap{port}"));
+        let Some(index) = links.iter().find(|link| link.name == tap.link) else { continue };
+        let to = host.redirect(index.index, &tap.link).await?;
+        if let Some(seen) = seen.links.get_mut(&tap) {
+            seen.redirect = to.map(|to| names.get(&to).copied().unwrap_or_default().to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// Kinds of queues that the kernel gives a link by itself.
+fn is_default(kind: &str) -> bool {
+    ["", "noop", "noqueue", "pfifo_fast", "fq_codel", "fq", "mq"].contains(&kind)
+}
+
 /// Files the links of one namespace under their names.
 fn take(
     seen: &mut Seen,
@@ -546,8 +611,16 @@ fn take(
             LinkKind::Tap(tap) => SeenKind::Tap(*tap),
             LinkKind::Veth => SeenKind::Pair,
             LinkKind::Vxlan(vxlan) => SeenKind::Vxlan(vxlan.clone()),
+            LinkKind::Vlan(id) => {
+                let here = link.parent.filter(|_| link.parent_netns.is_none());
+                let parent = here.and_then(|index| names.get(&index));
+                SeenKind::Vlan { parent: parent.map(|name| (*name).to_owned()), id: *id }
+            }
+            LinkKind::Gre(gre) => SeenKind::Gre(gre.clone()),
+            LinkKind::Geneve(geneve) => SeenKind::Geneve(geneve.clone()),
             LinkKind::Hardware if link.name == "lo" => SeenKind::Loopback,
             LinkKind::Hardware => SeenKind::Other("hardware".to_owned()),
+            LinkKind::Ifb => SeenKind::Ifb,
             LinkKind::Other(kind) => SeenKind::Other(kind.clone()),
         };
         let bridge = link.master.and_then(|index| names.get(&index)).map(|name| (*name).to_owned());
@@ -562,6 +635,8 @@ fn take(
             ipv6_off: link.ipv6_off.unwrap_or(true),
             port: link.port.unwrap_or_default(),
             addresses: by_link.remove(&link.index).unwrap_or_default(),
+            queue: None,
+            redirect: None,
             routing: link.routing,
         };
         seen.links.insert(at, link);

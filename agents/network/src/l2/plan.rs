@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
-use stackhand_kernel::netlink::Routing;
+use stackhand_kernel::netlink::{QueueKind, Routing, Shaper};
 use stackhand_model::ObjectRef;
 
 use super::{At, Change, Forwarding, Make, Owner, Seen, SeenKind, SeenLink, Set, Wanted, Wish};
@@ -39,7 +39,13 @@ pub struct Plan {
 /// Compares what is wanted with what is seen. Orphans are deleted if they are in `sweep`.
 #[must_use]
 pub fn plan(wish: &Wish, seen: &Seen, sweep: &BTreeSet<At>) -> Plan {
-    let mut planner = Planner { wish, seen, plan: Plan::default(), remade: BTreeSet::new() };
+    let mut planner = Planner {
+        wish,
+        seen,
+        plan: Plan::default(),
+        remade: BTreeSet::new(),
+        barred: BTreeSet::new(),
+    };
     let doomed = planner.unwanted(sweep);
     planner.make_room(sweep);
     planner.spaces();
@@ -68,6 +74,8 @@ struct Planner<'a> {
     plan: Plan,
     /// Links that are deleted first to be made anew.
     remade: BTreeSet<At>,
+    /// Bridges under names of ours that are not ours: nothing is put into them.
+    barred: BTreeSet<String>,
 }
 
 /// What is deleted last: by namespace, with the object each link served.
@@ -180,10 +188,36 @@ impl Planner<'_> {
         self.wish.contested.contains(&(at.clone(), other))
     }
 
+    /// Whether the link is one that OpenStack's Linux bridge agent left, and ours to adopt: nobody's
+    /// mark is on it, and under a name derived from this object it is what that object wants.
+    fn is_left_behind(&self, at: &At, wanted: &Wanted, link: &SeenLink) -> bool {
+        self.wish.takeover && link.owner == Owner::Foreign(None) && self.fits(at, wanted, link)
+    }
+
+    /// What the operator of a host of that agent has to know, if this could be one.
+    fn how_to_adopt(&self, at: &At, wanted: &Wanted, link: &SeenLink) -> String {
+        if link.owner != Owner::Foreign(None) {
+            return String::new();
+        }
+        match (&wanted.make, &link.kind) {
+            _ if self.fits(at, wanted, link) => {
+                ", or, if OpenStack's Linux bridge agent left it, set network.takeover = true"
+                    .to_owned()
+            }
+            (Make::Vxlan(want), SeenKind::Vxlan(is)) if want.port != is.port => format!(
+                "; it uses UDP port {}, and this agent {}: network.vxlan_port must be the same to \
+                 take it over",
+                is.port, want.port
+            ),
+            _ => String::new(),
+        }
+    }
+
     /// Whether the link can become what is wanted by changing settings.
     fn fits(&self, at: &At, wanted: &Wanted, link: &SeenLink) -> bool {
         match (&wanted.make, &link.kind) {
             (Make::Bridge, SeenKind::Bridge(_))
+            | (Make::Ifb, SeenKind::Ifb)
             | (Make::Brought, _)
             | (Make::PairEnd, SeenKind::Pair)
             | (Make::Loopback, SeenKind::Loopback) => true,
@@ -192,7 +226,15 @@ impl Planner<'_> {
             (Make::Tap(tap), SeenKind::Tap(is)) => {
                 tap.multi_queue == is.multi_queue || link.carrier
             }
-            (Make::Vxlan(vxlan), SeenKind::Vxlan(is)) => vxlan == is,
+            // Whether it learns can be changed.
+            (Make::Vxlan(want), SeenKind::Vxlan(is)) => {
+                (want.vni, want.local, want.port) == (is.vni, is.local, is.port)
+            }
+            (Make::Vlan { parent, id }, SeenKind::Vlan { parent: on, id: is }) => {
+                on.as_ref() == Some(parent) && id == is
+            }
+            (Make::Gre(gre), SeenKind::Gre(is)) => gre == is,
+            (Make::Geneve(geneve), SeenKind::Geneve(is)) => geneve == is,
             (Make::Pair { peer, .. }, SeenKind::Pair) => {
                 debug_assert!(at.space.is_none(), "pairs are made from the host's side");
                 self.seen.links.get(peer).is_some_and(|end| end.kind == SeenKind::Pair)
@@ -205,7 +247,7 @@ impl Planner<'_> {
         for (space, mark) in &self.wish.spaces {
             match self.seen.spaces.get(space) {
                 Some(Owner::Ours(is)) if is == mark => continue,
-                Some(Owner::Foreign(alias)) => {
+                Some(Owner::Foreign(alias)) if alias.is_some() || !self.wish.takeover => {
                     let text = foreign(&format!("namespace {space}"), alias.as_deref());
                     self.problem(mark.object(), text);
                     continue;
@@ -215,7 +257,7 @@ impl Planner<'_> {
                     self.problem(mark.object(), text);
                     continue;
                 }
-                None | Some(Owner::Unfinished) => {}
+                None | Some(Owner::Unfinished | Owner::Foreign(_)) => {}
             }
             let change = Change::MakeSpace { space: space.clone(), mark: *mark };
             self.step(Some(mark.object()), change);
@@ -227,7 +269,7 @@ impl Planner<'_> {
         let wanted = self.wish.spaces.get(space);
         match self.seen.spaces.get(space) {
             None | Some(Owner::Unfinished) => false,
-            Some(Owner::Foreign(_)) => true,
+            Some(Owner::Foreign(alias)) => alias.is_some() || !self.wish.takeover,
             Some(Owner::Ours(mark)) => Some(mark) != wanted,
         }
     }
@@ -240,11 +282,17 @@ impl Planner<'_> {
         if peer_space.is_some_and(|space| self.is_barred(space)) {
             return;
         }
+        if let Some(Some(bridge)) = &wanted.set.bridge
+            && self.barred.contains(bridge)
+        {
+            return;
+        }
         let Some(link) = self.present(at) else {
             return self.make(at, wanted);
         };
         if let Some(mark) = wanted.set.mark
             && !Self::is_ours(link, mark)
+            && !self.is_left_behind(at, wanted, link)
         {
             let text = match &link.owner {
                 Owner::Ours(other) if self.is_contested(at, other.object()) => format!(
@@ -257,12 +305,31 @@ impl Planner<'_> {
                      network.orphan_grace_seconds",
                     other.object()
                 ),
-                Owner::Foreign(alias) => foreign(&format!("link {at}"), alias.as_deref()),
+                Owner::Foreign(alias) => {
+                    let text = foreign(&format!("link {at}"), alias.as_deref());
+                    format!("{text}{}", self.how_to_adopt(at, wanted, link))
+                }
                 Owner::Unfinished => return,
             };
+            if wanted.make == Make::Bridge {
+                self.barred.insert(at.link.clone());
+            }
             return self.problem(wanted.object, text);
         }
-        let set = difference(&wanted.set, link);
+        let mut set = difference(&wanted.set, link);
+        // The Linux bridge agent moves the host's own addresses to the bridge of a flat network: its
+        // neighbours know it by this address.
+        if wanted.make == Make::Bridge && link.addresses.iter().any(|net| net.addr().is_ipv4()) {
+            (set.mac, set.ipv6_off) = (None, None);
+        }
+        if let (Some(Some(_)), Some(QueueKind::Other(kind))) = (set.shaper, &link.queue) {
+            let text = format!(
+                "link {at} has a {kind} queue that is not ours; delete it by `tc qdisc delete dev \
+                 {} root`",
+                at.link
+            );
+            return self.problem(wanted.object, text);
+        }
         if wanted.set.mark.is_none() && self.is_in_foreign_bridge(wanted, link) {
             let bridge = link.bridge.as_deref().unwrap_or_default();
             let text = format!(
@@ -292,8 +359,8 @@ impl Planner<'_> {
 
     /// Whether a link that somebody else brought is in a bridge that we did not make.
     fn is_in_foreign_bridge(&self, wanted: &Wanted, link: &SeenLink) -> bool {
-        let Some(bridge) = &link.bridge else { return false };
-        if wanted.set.bridge.as_ref() == Some(&link.bridge) {
+        let (Some(wanted), Some(bridge)) = (&wanted.set.bridge, &link.bridge) else { return false };
+        if wanted.as_ref() == Some(bridge) {
             return false;
         }
         let master = self.seen.links.get(&At::host(bridge.clone()));
@@ -318,6 +385,11 @@ impl Planner<'_> {
                 self.step(Some(wanted.object), Change::Set { at: at.clone(), set });
             }
             make => {
+                if let Some((taken, by)) = self.rival(make) {
+                    let text =
+                        format!("{taken} is taken by link {by}; delete it or choose another");
+                    return self.problem(wanted.object, text);
+                }
                 let change =
                     Change::Make { at: at.clone(), make: make.clone(), set: wanted.set.clone() };
                 self.step(Some(wanted.object), change);
@@ -327,6 +399,40 @@ impl Planner<'_> {
             let change = Change::AddAddress { at: at.clone(), net: *net };
             self.step(Some(wanted.object), change);
         }
+    }
+
+    /// The link of another name that already has what only one link can have, and what that is.
+    fn rival(&self, make: &Make) -> Option<(String, At)> {
+        let others = self.seen.links.iter().filter(|(at, link)| {
+            // Ours goes by itself, if it is not wanted any more.
+            at.space.is_none()
+                && !self.remade.contains(at)
+                && matches!(link.owner, Owner::Foreign(_))
+        });
+        let family = |local: Option<std::net::IpAddr>| local.is_none_or(|local| local.is_ipv4());
+        others.into_iter().find_map(|(at, link)| {
+            let taken = match (make, &link.kind) {
+                (Make::Vxlan(want), SeenKind::Vxlan(is))
+                    if (want.vni, want.port) == (is.vni, is.port)
+                        && family(want.local) == family(is.local) =>
+                {
+                    format!("VNI {} on UDP port {}", want.vni, want.port)
+                }
+                (Make::Vlan { parent, id }, SeenKind::Vlan { parent: Some(on), id: is })
+                    if parent == on && id == is =>
+                {
+                    format!("VLAN {id} of link {parent}")
+                }
+                (Make::Gre(want), SeenKind::Gre(is)) if want == is => {
+                    format!("GRE key {} to {}", want.key, want.remote)
+                }
+                (Make::Geneve(want), SeenKind::Geneve(is)) if want == is => {
+                    format!("Geneve VNI {} to {}", want.vni, want.remote)
+                }
+                _ => return None,
+            };
+            Some((taken, at.clone()))
+        })
     }
 
     /// Whether forwarding by this link is for us to set: it is ours, or will be made.
@@ -445,10 +551,26 @@ fn difference(wanted: &Set, link: &SeenLink) -> Set {
         ipv6_off: wanted.ipv6_off.filter(|off| *off != link.ipv6_off),
         port: wanted.port.filter(|want| *want != port),
         as_bridge,
+        learning: match &link.kind {
+            SeenKind::Vxlan(is) => wanted.learning.filter(|want| *want != is.learning),
+            _ => None,
+        },
+        shaper: wanted.shaper.filter(|want| !is_shaped(want.as_ref(), link.queue.as_ref())),
+        redirect: wanted.redirect.clone().filter(|want| *want != link.redirect),
         routing: wanted.routing.filter(|want| {
             let v6 = link.routing.v6.and(want.v6);
             Routing { v6, ..*want } != link.routing
         }),
+    }
+}
+
+/// Whether a link's queue is what is wanted of it. Other people's queues stay where none of ours is
+/// wanted.
+fn is_shaped(want: Option<&Shaper>, is: Option<&QueueKind>) -> bool {
+    match (want, is) {
+        (Some(want), Some(QueueKind::Shaper(is))) => want.is_about(is),
+        (Some(_), _) | (None, Some(QueueKind::Shaper(_))) => false,
+        (None, _) => true,
     }
 }
 

@@ -5,7 +5,7 @@ use stackhand_runtime::agent::Desired;
 use uuid::Uuid;
 
 use super::fake::{FakeHost, bare};
-use super::worlds::{World, any_world};
+use super::worlds::{ALL, World, any_world};
 use super::*;
 use crate::desired::{HostWish, Local, host_wish};
 
@@ -18,6 +18,7 @@ fn local() -> Local {
         lease_seconds: 3600,
         dns_domain: "stackhand.internal".to_owned(),
         dns_forwarders: Vec::new(),
+        takeover: false,
     }
 }
 
@@ -139,7 +140,7 @@ proptest! {
 
     #[test]
     fn from_any_world_the_next_is_reached_and_then_nothing_is_done(
-        old in any_world(), new in any_world(), damages in any_damage(),
+        old in any_world(&ALL), new in any_world(&ALL), damages in any_damage(),
     ) {
         let mut seen = settled(&old);
         damage(&mut seen, &damages);
@@ -163,7 +164,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_not_ours_is_never_touched(old in any_world(), new in any_world()) {
+    fn what_is_not_ours_is_never_touched(old in any_world(&ALL), new in any_world(&ALL)) {
         let mut seen = settled(&old);
         let before = seen.clone();
         converge(&mut seen, &new.desired());
@@ -171,7 +172,7 @@ proptest! {
     }
 
     #[test]
-    fn a_link_wanted_before_and_after_is_never_gone_in_between(old in any_world(), new in any_world()) {
+    fn a_link_wanted_before_and_after_is_never_gone_in_between(old in any_world(&ALL), new in any_world(&ALL)) {
         let mut seen = settled(&old);
         let before = wish(&old.desired(), &seen).l2.links;
         let after = wish(&new.desired(), &seen).l2.links;
@@ -193,7 +194,7 @@ proptest! {
 
     #[test]
     fn a_pass_that_was_cut_short_anywhere_is_finished_by_the_next(
-        old in any_world(), new in any_world(), stop in any::<prop::sample::Index>(),
+        old in any_world(&ALL), new in any_world(&ALL), stop in any::<prop::sample::Index>(),
     ) {
         let mut seen = settled(&old);
         let steps = next(&new.desired(), &seen).steps;
@@ -205,7 +206,7 @@ proptest! {
     }
 
     #[test]
-    fn an_empty_world_leaves_nothing_of_ours(old in any_world()) {
+    fn an_empty_world_leaves_nothing_of_ours(old in any_world(&ALL)) {
         let mut seen = settled(&old);
         converge(&mut seen, &Desired::default());
         let mut clean = host();

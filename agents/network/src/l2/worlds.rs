@@ -20,7 +20,7 @@ pub(crate) struct World {
 
 #[derive(Clone, Debug)]
 struct Network {
-    kind: u8,
+    kind: &'static str,
     mtu: Option<u32>,
     dhcp: bool,
     dhcp_address: u8,
@@ -34,25 +34,38 @@ struct Port {
     up: bool,
     queues: bool,
     address: u8,
+    policy: Option<u8>,
 }
 
 const NETWORKS: u8 = 3;
 const PORTS: u8 = 5;
 
-/// A random world.
-pub(crate) fn any_world() -> impl Strategy<Value = World> {
-    let network = (0..4_u8, option::of(1300..1303_u32), any::<bool>(), 2..4_u8)
+/// All types of network.
+pub(crate) const ALL: [&str; 6] = ["local", "flat", "vxlan", "vlan", "gre", "geneve"];
+
+/// A random world with networks of these types.
+pub(crate) fn any_world(types: &'static [&'static str]) -> impl Strategy<Value = World> {
+    let kind = prop::sample::select(types);
+    let network = (kind, option::of(1300..1303_u32), any::<bool>(), 2..4_u8)
         .prop_map(|(kind, mtu, dhcp, dhcp_address)| Network { kind, mtu, dhcp, dhcp_address });
-    let port =
-        (0..NETWORKS, 0..3_u8, prop::bool::weighted(0.2), any::<bool>(), any::<bool>(), 0..2_u8)
-            .prop_map(|(network, host, external, up, queues, address)| Port {
-                network,
-                host,
-                external,
-                up,
-                queues,
-                address,
-            });
+    let port = (
+        0..NETWORKS,
+        0..3_u8,
+        prop::bool::weighted(0.2),
+        any::<bool>(),
+        any::<bool>(),
+        0..2_u8,
+        option::of(0..4_u8),
+    )
+        .prop_map(|(network, host, external, up, queues, address, policy)| Port {
+            network,
+            host,
+            external,
+            up,
+            queues,
+            address,
+            policy,
+        });
     (
         vec(option::weighted(0.8, network), usize::from(NETWORKS)),
         vec(option::weighted(0.8, port), usize::from(PORTS)),
@@ -82,15 +95,29 @@ impl World {
             }
             put("Host", 0xff00 + number as u128, name, spec);
         }
+        let limits = [
+            json!([{"direction": "ingress", "max_kbps": 8000}]),
+            json!([{"direction": "egress", "max_kbps": 64, "max_burst_kbit": 100}]),
+            json!([
+                {"direction": "ingress", "max_kbps": 1_000_000},
+                {"direction": "egress", "max_kbps": 10_000, "max_burst_kbit": 10},
+            ]),
+        ];
+        for (number, limits) in limits.into_iter().enumerate() {
+            let spec = json!({"bandwidth": limits});
+            put("QosPolicy", 0xcc00 + number as u128, &format!("policy{number}"), spec);
+        }
         for (number, network) in (0_u8..).zip(&self.networks) {
             let Some(network) = network else { continue };
-            let mut spec = match network.kind {
-                0 => json!({"type": "local"}),
-                1 => json!({"type": "flat", "physical_network": "public"}),
-                _ => {
-                    json!({"type": "vxlan", "segment": 100 + u32::from(number) + u32::from(network.kind)})
-                }
-            };
+            let mut spec = json!({"type": network.kind});
+            if matches!(network.kind, "flat" | "vlan") {
+                spec["physical_network"] = json!("public");
+            }
+            // Where segments make names, two networks want the same now and then.
+            let shared = matches!(network.kind, "vlan" | "vxlan") && network.dhcp;
+            if !matches!(network.kind, "flat" | "local") {
+                spec["segment"] = json!(100 + number + u8::from(shared));
+            }
             if let Some(mtu) = network.mtu {
                 spec["mtu"] = json!(mtu);
             }
@@ -104,7 +131,7 @@ impl World {
         }
         for (number, port) in (0_u8..).zip(&self.ports) {
             let Some(port) = port else { continue };
-            let spec = json!({
+            let mut spec = json!({
                 "network": Uuid::from_u128(network_id(port.network)),
                 "host": HOSTS[usize::from(port.host)],
                 "mac": format!("fa:16:3e:00:00:{number:02x}"),
@@ -116,6 +143,10 @@ impl World {
                     "address": format!("10.{}.0.{}", port.network, 10 + 10 * number + port.address),
                 }],
             });
+            // One of them has no document.
+            if let Some(policy) = port.policy {
+                spec["qos_policy"] = json!(Uuid::from_u128(0xcc00 + u128::from(policy)));
+            }
             put(
                 "Port",
                 0xaaaa_0000_0000_0000_0000_0000_0000_0000 + (u128::from(number) << 100),

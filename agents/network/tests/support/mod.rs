@@ -5,14 +5,9 @@
 pub(crate) mod frames;
 
 use std::collections::BTreeMap;
-use std::future::Future;
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use stackhand_kernel::exec::Program;
 use stackhand_model::{Document, ObjectRef};
@@ -23,31 +18,7 @@ use stackhand_runtime::events::EventLog;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-/// Runs `test` on a thread that has its own network links and its own names of namespaces.
-/// Everything ends with the thread, also when the test panics.
-pub(crate) fn on_a_host<Test, Fut>(test: Test)
-where
-    Test: FnOnce() -> Fut + Send,
-    Fut: Future<Output = ()>,
-{
-    let body = move || {
-        if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS) {
-            stackhand_testkit::missing(&format!("namespaces cannot be made ({errno}); be root"));
-            return;
-        }
-        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-            .block_on(test());
-    };
-    if let Err(panic) = thread::scope(|scope| scope.spawn(body).join()) {
-        resume_unwind(panic);
-    }
-}
+pub(crate) use stackhand_testkit::on_a_host;
 
 /// Runs a program of the host in the calling thread's namespaces; it must succeed.
 pub(crate) async fn run(line: &str) -> String {
@@ -141,6 +112,7 @@ pub(crate) fn local(host: &str) -> Local {
         lease_seconds: 3600,
         dns_domain: "stackhand.internal".to_owned(),
         dns_forwarders: Vec::new(),
+        takeover: false,
     }
 }
 

@@ -1,22 +1,25 @@
 //! Links: reading, creating, changing and deleting them.
 
+mod kind;
+
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 
-use rtnetlink::packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, Nla};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, BridgeStpState, InfoBridge, InfoBridgePort, InfoData,
-    InfoKind, InfoPortData, InfoPortKind, InfoTun, InfoVeth, InfoVxlan, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    InfoKind, InfoPortData, InfoPortKind, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use stackhand_model::MacAddr;
 
 use super::Links;
 use crate::KernelError;
 use crate::tun::{NewTap, VirtioHeader};
+
+pub use kind::{Bridge, BridgePort, Geneve, Gre, LinkKind, NewKind, Peer, Tap, Vxlan};
+use kind::{bridge_data, describe, parse_info};
 
 /// Longest name of a link in bytes.
 pub const MAX_LINK_NAME: usize = 15;
@@ -42,6 +45,8 @@ pub struct Link {
     pub up: bool,
     /// Whether it can carry frames: for a tap, whether somebody has it open.
     pub carrier: bool,
+    /// The kernel's name for the kind of queue at its root.
+    pub queue: String,
     /// Its group; 0 unless somebody set another.
     pub group: u32,
     /// Number of the link beneath it or of its peer.
@@ -54,64 +59,6 @@ pub struct Link {
     pub port: Option<BridgePort>,
     /// How packets that come by it are routed and answered.
     pub routing: Routing,
-}
-
-/// What a link is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum LinkKind {
-    /// A link that a driver made: an Ethernet card, loopback.
-    #[default]
-    Hardware,
-    /// A bridge.
-    Bridge(Bridge),
-    /// One end of a pair.
-    Veth,
-    /// Ethernet in UDP.
-    Vxlan(Vxlan),
-    /// A link whose other end is a file.
-    Tap(Tap),
-    /// Anything else, by the kernel's name for it.
-    Other(String),
-}
-
-/// Settings of a bridge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bridge {
-    /// Whether the kernel or a program runs the spanning tree protocol.
-    pub stp: bool,
-    /// Hundredths of a second that a new port waits before it forwards.
-    pub forward_delay: u32,
-    /// Whether multicast goes only to ports that asked for it.
-    pub multicast_snooping: bool,
-    /// Whether `br_netfilter` shows its packets to the IP layer's hooks, whatever the host's
-    /// sysctls say.
-    pub netfilter: bool,
-}
-
-/// Settings of a VXLAN link.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Vxlan {
-    /// Network identifier.
-    pub vni: u32,
-    /// Address that it sends from and listens on.
-    pub local: Option<IpAddr>,
-    /// UDP port.
-    pub port: u16,
-    /// Whether it learns where addresses are from the frames it receives.
-    pub learning: bool,
-}
-
-/// Settings of a tap.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tap {
-    /// User that may attach to it.
-    pub user: Option<u32>,
-    /// Group that may attach to it.
-    pub group: Option<u32>,
-    /// Whether it has several queues.
-    pub multi_queue: bool,
-    /// Whether it stays when nobody has it open.
-    pub persist: bool,
 }
 
 /// How packets that come by a link are routed and answered; `sysctl net.ipv4.conf.<link>`.
@@ -142,17 +89,6 @@ pub struct RoutingV6 {
     pub accept_dad: i32,
 }
 
-/// Settings of a bridge's port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct BridgePort {
-    /// Whether it exchanges no frames with other isolated ports.
-    pub isolated: bool,
-    /// Whether the bridge answers ARP and ND for addresses behind it, instead of flooding.
-    pub neighbour_suppression: bool,
-    /// Whether a frame may leave where it came from.
-    pub hairpin: bool,
-}
-
 /// A link to be made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewLink {
@@ -164,34 +100,6 @@ pub struct NewLink {
     pub group: u32,
     /// What else is set before anybody else can take the link for abandoned.
     pub change: LinkChange,
-}
-
-/// What kind of link is made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NewKind {
-    /// A bridge.
-    Bridge(Bridge),
-    /// A pair; the other end goes to another namespace.
-    Veth(Peer),
-    /// Ethernet in UDP.
-    Vxlan(Vxlan),
-    /// A tap that persists.
-    Tap(Tap),
-    /// Any other kind with the kernel's defaults, to try whether the kernel knows it.
-    Plain(String),
-}
-
-/// The other end of a new veth pair.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
-    /// Its name.
-    pub name: String,
-    /// Its Ethernet address.
-    pub mac: Option<MacAddr>,
-    /// Its largest packet in bytes.
-    pub mtu: Option<u32>,
-    /// Its group.
-    pub group: u32,
 }
 
 /// What is to change on a link. What is `None` stays.
@@ -292,6 +200,9 @@ impl Links {
         message.attributes.push(LinkAttribute::IfName(new.name.clone()));
         message.attributes.push(LinkAttribute::LinkInfo(info));
         message.attributes.push(LinkAttribute::Group(new.group));
+        if let NewKind::Vlan { parent, .. } = &new.kind {
+            message.attributes.push(LinkAttribute::Link(*parent));
+        }
         if let Some(mtu) = new.change.mtu {
             message.attributes.push(LinkAttribute::Mtu(mtu));
         }
@@ -387,6 +298,22 @@ impl Links {
         self.change_info(index, name, info(bridge_data(bridge))).await
     }
 
+    /// Turns on or off that a VXLAN link learns where addresses are from what it receives.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn set_learning(
+        &self,
+        index: u32,
+        name: &str,
+        learning: bool,
+    ) -> Result<(), KernelError> {
+        let data = InfoData::Vxlan(vec![InfoVxlan::Learning(learning)]);
+        let info = vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(data)];
+        self.change_info(index, name, info).await
+    }
+
     /// Changes a link's settings as the port of a bridge, which it must be.
     ///
     /// # Errors
@@ -460,57 +387,6 @@ impl Links {
     }
 }
 
-/// The kind of a new link in netlink's words.
-fn describe(
-    kind: &NewKind,
-    peer_namespace: Option<&File>,
-) -> Result<(InfoKind, Option<InfoData>), KernelError> {
-    Ok(match kind {
-        NewKind::Bridge(bridge) => (InfoKind::Bridge, Some(InfoData::Bridge(bridge_data(*bridge)))),
-        NewKind::Veth(peer) => {
-            check_name(&peer.name)?;
-            let mut other = LinkMessage::default();
-            other.attributes.push(LinkAttribute::IfName(peer.name.clone()));
-            other.attributes.push(LinkAttribute::Group(peer.group));
-            other.attributes.extend(peer.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
-            other.attributes.extend(peer.mtu.map(LinkAttribute::Mtu));
-            other
-                .attributes
-                .extend(peer_namespace.map(|file| LinkAttribute::NetNsFd(file.as_raw_fd())));
-            (InfoKind::Veth, Some(InfoData::Veth(InfoVeth::Peer(other))))
-        }
-        NewKind::Vxlan(vxlan) => {
-            let mut data = vec![InfoVxlan::Id(vxlan.vni), InfoVxlan::Learning(vxlan.learning)];
-            data.push(InfoVxlan::Port(vxlan.port));
-            match vxlan.local {
-                Some(IpAddr::V4(local)) => data.push(InfoVxlan::Local(local)),
-                Some(IpAddr::V6(local)) => {
-                    data.push(InfoVxlan::Local6(local));
-                    // Without these the kernel drops what other hosts send without a checksum.
-                    data.push(InfoVxlan::UDPZeroCsumRX(true));
-                }
-                None => {}
-            }
-            (InfoKind::Vxlan, Some(InfoData::Vxlan(data)))
-        }
-        NewKind::Plain(kind) => (InfoKind::Other(kind.clone()), None),
-        NewKind::Tap(_) => {
-            return Err(KernelError::BadName { name: "tap".to_owned(), what: "netlink kind" });
-        }
-    })
-}
-
-fn bridge_data(bridge: Bridge) -> Vec<InfoBridge> {
-    let stp = if bridge.stp { BridgeStpState::KernelStp } else { BridgeStpState::Disabled };
-    vec![
-        InfoBridge::ForwardDelay(bridge.forward_delay),
-        InfoBridge::StpState(stp),
-        InfoBridge::MulticastSnooping(bridge.multicast_snooping),
-        InfoBridge::NfCallIpTables(bridge.netfilter),
-        InfoBridge::NfCallIp6Tables(bridge.netfilter),
-    ]
-}
-
 pub(super) fn parse(message: &LinkMessage) -> Link {
     let flags = message.header.flags;
     let mut link = Link {
@@ -528,6 +404,7 @@ pub(super) fn parse(message: &LinkMessage) -> Link {
             }
             LinkAttribute::Controller(master) => link.master = Some(*master).filter(|at| *at != 0),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Qdisc(queue) => link.queue.clone_from(queue),
             LinkAttribute::Group(group) => link.group = *group,
             LinkAttribute::Link(parent) => link.parent = Some(*parent).filter(|at| *at != 0),
             LinkAttribute::LinkNetNsId(id) => link.parent_netns = Some(*id),
@@ -566,105 +443,6 @@ fn parse_families(link: &mut Link, families: &[AfSpecUnspec]) {
             _ => {}
         }
     }
-}
-
-fn parse_info(link: &mut Link, info: &[LinkInfo]) {
-    let mut data = None;
-    for part in info {
-        match part {
-            LinkInfo::Kind(InfoKind::Veth) => link.kind = LinkKind::Veth,
-            LinkInfo::Kind(kind) => link.kind = LinkKind::Other(kind.to_string()),
-            LinkInfo::Data(given) => data = Some(given),
-            LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
-                let mut port = BridgePort::default();
-                for setting in settings {
-                    match setting {
-                        InfoBridgePort::Isolated(on) => port.isolated = *on,
-                        InfoBridgePort::NeighSupress(on) => port.neighbour_suppression = *on,
-                        InfoBridgePort::HairpinMode(on) => port.hairpin = *on,
-                        _ => {}
-                    }
-                }
-                link.port = Some(port);
-            }
-            _ => {}
-        }
-    }
-    match data {
-        Some(InfoData::Bridge(settings)) => link.kind = LinkKind::Bridge(parse_bridge(settings)),
-        Some(InfoData::Vxlan(settings)) => link.kind = LinkKind::Vxlan(parse_vxlan(settings)),
-        Some(InfoData::Tun(settings)) => {
-            if let Some(tap) = parse_tap(settings) {
-                link.kind = LinkKind::Tap(tap);
-            }
-        }
-        _ => {}
-    }
-}
-
-fn parse_bridge(settings: &[InfoBridge]) -> Bridge {
-    let mut bridge =
-        Bridge { stp: false, forward_delay: 0, multicast_snooping: false, netfilter: false };
-    for setting in settings {
-        match setting {
-            InfoBridge::StpState(state) => bridge.stp = *state != BridgeStpState::Disabled,
-            InfoBridge::ForwardDelay(delay) => bridge.forward_delay = *delay,
-            InfoBridge::MulticastSnooping(on) => bridge.multicast_snooping = *on,
-            // They are set together.
-            InfoBridge::NfCallIpTables(on) => bridge.netfilter |= *on,
-            InfoBridge::NfCallIp6Tables(on) => bridge.netfilter |= *on,
-            _ => {}
-        }
-    }
-    bridge
-}
-
-fn parse_vxlan(settings: &[InfoVxlan]) -> Vxlan {
-    let mut vxlan = Vxlan { vni: 0, local: None, port: 0, learning: false };
-    for setting in settings {
-        match setting {
-            InfoVxlan::Id(vni) => vxlan.vni = *vni,
-            InfoVxlan::Local(local) => vxlan.local = Some(IpAddr::V4(*local)),
-            InfoVxlan::Local6(local) => vxlan.local = Some(IpAddr::V6(*local)),
-            InfoVxlan::Port(port) => vxlan.port = *port,
-            InfoVxlan::Learning(on) => vxlan.learning = *on,
-            _ => {}
-        }
-    }
-    vxlan
-}
-
-/// The tap's settings, or `None` for a tun, which carries IP packets.
-fn parse_tap(settings: &[InfoTun]) -> Option<Tap> {
-    const OWNER: u16 = 1;
-    const GROUP: u16 = 2;
-    const TYPE: u16 = 3;
-    const PERSIST: u16 = 6;
-    const MULTI_QUEUE: u16 = 7;
-    const TYPE_TAP: u8 = 2;
-    let mut tap = Tap::default();
-    let mut is_tap = false;
-    for setting in settings {
-        let InfoTun::Other(setting) = setting else { continue };
-        let bytes = value(setting);
-        let number = || bytes.as_slice().try_into().ok().map(u32::from_ne_bytes);
-        let byte = bytes.first().copied().unwrap_or(0);
-        match setting.kind() {
-            OWNER => tap.user = number(),
-            GROUP => tap.group = number(),
-            TYPE => is_tap = byte == TYPE_TAP,
-            PERSIST => tap.persist = byte != 0,
-            MULTI_QUEUE => tap.multi_queue = byte != 0,
-            _ => {}
-        }
-    }
-    is_tap.then_some(tap)
-}
-
-fn value(setting: &DefaultNla) -> Vec<u8> {
-    let mut bytes = vec![0; setting.value_len()];
-    setting.emit_value(&mut bytes);
-    bytes
 }
 
 fn check_name(name: &str) -> Result<(), KernelError> {

@@ -27,8 +27,13 @@ pub enum Event {
     /// An entry set by somebody appeared, changed or went in a neighbour or forwarding table of
     /// the link with this number.
     Neighbour(u32),
+    /// A neighbour of the link with this number is gone, set by somebody or not: the kernel does not
+    /// say.
+    NeighbourGone(u32),
     /// A route that somebody set appeared, changed or went.
     Route,
+    /// A queue or filter appeared, changed or went on the link with this number.
+    Traffic(u32),
     /// Events came faster than they were read and some are lost: look at everything.
     Lost,
 }
@@ -45,8 +50,8 @@ impl std::fmt::Debug for Monitor {
 }
 
 impl Monitor {
-    /// Listens to links, addresses, neighbours and routes of the calling thread's namespace. Must be
-    /// called inside a tokio runtime.
+    /// Listens to links, addresses, neighbours, routes and queues of the calling thread's
+    /// namespace. Must be called inside a tokio runtime.
     ///
     /// # Errors
     ///
@@ -62,6 +67,7 @@ impl Monitor {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Neigh,
+            MulticastGroup::Tc,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])
@@ -97,12 +103,23 @@ fn translate(message: &RouteNetlinkMessage) -> Option<Event> {
         }
         RouteNetlinkMessage::NewAddress(found) => address::parse(found).map(Event::Address),
         RouteNetlinkMessage::DelAddress(found) => address::parse(found).map(Event::AddressGone),
+        RouteNetlinkMessage::DelNeighbour(found)
+            if found.header.family != Bridge && !super::neighbour::is_set_by_somebody(found) =>
+        {
+            Some(Event::NeighbourGone(found.header.ifindex))
+        }
         RouteNetlinkMessage::NewNeighbour(found) | RouteNetlinkMessage::DelNeighbour(found) => {
             super::neighbour::is_set_by_somebody(found)
                 .then_some(Event::Neighbour(found.header.ifindex))
         }
         RouteNetlinkMessage::NewRoute(found) | RouteNetlinkMessage::DelRoute(found) => {
             super::route::is_set_by_somebody(found).then_some(Event::Route)
+        }
+        RouteNetlinkMessage::NewQueueDiscipline(found)
+        | RouteNetlinkMessage::DelQueueDiscipline(found)
+        | RouteNetlinkMessage::NewTrafficFilter(found)
+        | RouteNetlinkMessage::DelTrafficFilter(found) => {
+            u32::try_from(found.header.index).ok().map(Event::Traffic)
         }
         _ => None,
     }

@@ -23,6 +23,10 @@ pub(super) struct Options {
     /// Print everything in the ledger as JSON and exit; the agent must not be running
     #[arg(long, conflicts_with = "preflight")]
     pub(super) export_ledger: bool,
+    /// Take this agent's marks from what it made, leave everything running, and exit: what was its
+    /// own is then anybody's. The agent must not be running
+    #[arg(long, conflicts_with_all = ["preflight", "export_ledger"])]
+    pub(super) release: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

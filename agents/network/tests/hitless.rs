@@ -1,0 +1,317 @@
+//! The program itself on the real kernel: killed, restarted, and killed while it works.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use stackhand_bus::local::LocalTransport;
+use stackhand_kernel::Netns;
+use stackhand_kernel::netlink::{Event, Monitor};
+use stackhand_model::{AgentKind, Document};
+use stackhand_network::desired::host_wish;
+use stackhand_network::l2::netlink::NetlinkHost;
+use stackhand_network::l2::{HostNet, plan};
+use stackhand_runtime::api::Condition;
+use stackhand_runtime::client::AgentClient;
+use stackhand_testkit::{Spawned, bin, wait_for};
+use support::{Documents, Guest, agent, link, local, mac, network, on_a_host, port, run, short};
+use uuid::Uuid;
+
+/// The program with a folder of its own, which outlives it.
+struct Program {
+    folder: tempfile::TempDir,
+}
+
+impl Program {
+    fn new() -> Self {
+        // Short, because a socket's path has at most 107 bytes.
+        let folder = tempfile::Builder::new().prefix("shn-").tempdir_in("/tmp").unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["etc", "state", "run"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        let settings =
+            format!("host = \"one\"\nstate_dir = {:?}\nrun_dir = {:?}\n", at("state"), at("run"));
+        std::fs::write(at("etc/network.toml"), settings).unwrap();
+        Self { folder }
+    }
+
+    /// Starts it in the calling thread's namespaces.
+    fn start(&self) -> Spawned {
+        let etc = self.folder.path().join("etc");
+        Spawned::start(bin("network-agent"), [Path::new("--config-dir"), &etc])
+    }
+
+    fn client(&self) -> AgentClient {
+        let socket = self.folder.path().join("run/network.sock");
+        let transport = LocalTransport::connect(socket);
+        AgentClient::new(Arc::new(transport), AgentKind::Network, "one")
+    }
+
+    /// Waits until it has looked at everything.
+    async fn ready(&self) {
+        wait_for(Duration::from_secs(30), "the agent to answer", || async {
+            self.client().ping().await.ok().map(drop)
+        })
+        .await;
+    }
+
+    /// Hands it documents and waits until all are active.
+    async fn apply(&self, documents: &Documents) {
+        self.ready().await;
+        let desired = documents.desired();
+        let all: Vec<Document> =
+            desired.objects.values().map(|held| held.document.as_ref().clone()).collect();
+        self.client().apply(&all).await.unwrap();
+        self.all_active(documents).await;
+    }
+
+    async fn all_active(&self, documents: &Documents) {
+        let objects: Vec<_> = documents.desired().objects.keys().copied().collect();
+        let limit = Duration::from_secs(30);
+        let settled = self.client().wait(&objects, Condition::Active, limit).await.unwrap();
+        assert_eq!(settled.len(), objects.len());
+    }
+
+    /// Changes that it has made to the kernel since it started.
+    async fn writes(&self) -> u64 {
+        self.client().facts().await.unwrap()["writes"].as_u64().unwrap()
+    }
+}
+
+/// A TCP stream between two guests that carries a byte every few milliseconds, until told to end.
+/// Returns the longest time that a byte took to come.
+async fn stream(from: &Guest, to: &Guest, address: &str, end: Arc<AtomicBool>) -> Duration {
+    let there = Netns::named(to.name()).unwrap();
+    let listener = there.inside("listen", || TcpListener::bind("0.0.0.0:0")).await.unwrap();
+    let target = format!("{address}:{}", listener.local_addr().unwrap().port());
+    let echo = tokio::task::spawn_blocking(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut byte = [0];
+        while stream.read(&mut byte).unwrap() == 1 {
+            stream.write_all(&byte).unwrap();
+        }
+    });
+    let here = Netns::named(from.name()).unwrap();
+    let mut stream = here.inside("connect", move || TcpStream::connect(target)).await.unwrap();
+    let longest = tokio::task::spawn_blocking(move || {
+        stream.set_nodelay(true).unwrap();
+        let mut longest = Duration::ZERO;
+        while !end.load(Ordering::Relaxed) {
+            let sent = Instant::now();
+            stream.write_all(&[1]).unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            longest = longest.max(sent.elapsed());
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        longest
+    });
+    let longest = longest.await.unwrap();
+    echo.await.unwrap();
+    longest
+}
+
+#[test]
+fn flows_do_not_notice_that_the_agent_is_killed_and_started_again() {
+    on_a_host(|| async {
+        let (net, a, b) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let one = Guest::start("one", a, &mac(10)).await;
+        let two = Guest::start("two", b, &mac(11)).await;
+        one.run("ip address add 10.7.0.10/24 dev eth0").await;
+        two.run("ip address add 10.7.0.11/24 dev eth0").await;
+        let limits = Uuid::new_v4();
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        let more = json!({"owner": "external", "port_security": false, "qos_policy": limits});
+        documents.put("Port", "a", a, port(net, "one", 10, &more));
+        documents.put("Port", "b", b, port(net, "one", 11, &more));
+        let bandwidth = json!([
+            {"direction": "ingress", "max_kbps": 500_000},
+            {"direction": "egress", "max_kbps": 500_000},
+        ]);
+        documents.put("QosPolicy", "limits", limits, json!({"bandwidth": bandwidth}));
+        let program = Program::new();
+        let mut agent = program.start();
+        program.apply(&documents).await;
+
+        let end = Arc::new(AtomicBool::new(false));
+        let watched = stream(&one, &two, "10.7.0.11", Arc::clone(&end));
+        let flood = async {
+            let told = two.run("ping -i 0.002 -c 1500 -W 2 -q 10.7.0.10").await;
+            end.store(true, Ordering::Relaxed);
+            told
+        };
+        let restarts = async {
+            for _ in 0..3 {
+                agent.kill();
+                agent = program.start();
+                program.ready().await;
+                program.all_active(&documents).await;
+                assert_eq!(program.writes().await, 0, "a restart changes nothing");
+            }
+        };
+        let (longest, told, ()) = tokio::join!(watched, flood, restarts);
+        println!("{told}\nlongest answer on the open stream: {longest:?}");
+        assert!(told.contains(" 0% packet loss"), "{told}");
+        assert!(longest < Duration::from_millis(900), "a retransmission: {longest:?}");
+    });
+}
+
+/// Documents for a host with one network of each simple type and some ports.
+fn busy_host() -> Documents {
+    let mut documents = Documents::default();
+    for (number, name) in [(1, "one"), (2, "two")] {
+        let spec = json!({"tunnel_address": format!("192.0.2.{number}")});
+        documents.put("Host", name, Uuid::from_u128(number), spec);
+    }
+    let limits = Uuid::from_u128(0xcc);
+    let bandwidth = json!([{"direction": "egress", "max_kbps": 1000}]);
+    documents.put("QosPolicy", "limits", limits, json!({"bandwidth": bandwidth}));
+    for (number, kind) in [(1_u8, "vxlan"), (2, "local")] {
+        let net = Uuid::from_u128(u128::from(number) << 96);
+        let mut more = json!({});
+        if kind == "vxlan" {
+            more = json!({"segment": 7});
+        }
+        documents.put("Network", kind, net, network(kind, &more));
+        for last in 10..14 {
+            let id = Uuid::from_u128(u128::from(number) << 104 | u128::from(last) << 96);
+            let host = if last == 13 { "two" } else { "one" };
+            let more = json!({"port_security": false, "qos_policy": limits});
+            documents.put("Port", &format!("{kind}{last}"), id, port(net, host, last, &more));
+        }
+    }
+    documents
+}
+
+async fn underlay() {
+    run("ip link add under type veth peer name wire").await;
+    run("ip address add 192.0.2.1/24 dev under").await;
+}
+
+#[test]
+fn an_executor_that_ends_after_any_step_is_finished_by_the_next() {
+    let mut steps = 0;
+    let mut stop = 0;
+    // On a host of its own for each step.
+    while stop <= steps {
+        let total = Arc::new(std::sync::Mutex::new(0));
+        let count = Arc::clone(&total);
+        on_a_host(|| async move {
+            underlay().await;
+            let documents = busy_host();
+            let desired = documents.desired();
+            let host = NetlinkHost::new();
+            let seen = host.observe().await.unwrap();
+            let wish = host_wish(&desired, &local("one"), &seen);
+            let plan = plan(&wish.l2, &seen, &std::collections::BTreeSet::new());
+            *count.lock().unwrap() = plan.steps.len();
+            for step in plan.steps.iter().take(stop) {
+                host.apply(&step.change).await.unwrap();
+            }
+            drop(host);
+            let (agent, _) = agent("one");
+            documents.settle(&agent).await;
+            documents.rest(&agent).await;
+        });
+        steps = *total.lock().unwrap();
+        // Every step near the start, where kinds differ; then every third.
+        stop += if stop < 12 { 1 } else { 3 };
+    }
+    assert!(steps > 20, "{steps}");
+}
+
+#[test]
+fn a_program_that_is_killed_at_any_moment_leaves_nothing_that_the_next_does_not_finish() {
+    on_a_host(|| async {
+        underlay().await;
+        let documents = busy_host();
+        let program = Program::new();
+        let mut agent = program.start();
+        program.ready().await;
+        let desired = documents.desired();
+        let all: Vec<Document> =
+            desired.objects.values().map(|held| held.document.as_ref().clone()).collect();
+        program.client().apply(&all).await.unwrap();
+        let links = || async { run("ip -brief link show").await.lines().count() };
+        let mut seen = Vec::new();
+        for wait in [0, 3, 6, 10, 15, 22, 30, 45] {
+            tokio::time::sleep(Duration::from_millis(wait)).await;
+            agent.kill();
+            seen.push(links().await);
+            // What it made is torn down at random, so that there is work again.
+            if wait % 2 == 0 {
+                let tap = format!("tap{}", short(Uuid::from_u128(1 << 104 | 10 << 96)));
+                for doomed in ["vxlan-7", &tap] {
+                    drop(support::try_run(&format!("ip link delete {doomed}")).await);
+                }
+            }
+            agent = program.start();
+            program.ready().await;
+        }
+        println!("links after each kill: {seen:?}");
+        program.all_active(&documents).await;
+        let before = program.writes().await;
+        agent.kill();
+        let _agent = program.start();
+        program.ready().await;
+        program.all_active(&documents).await;
+        assert_eq!(program.writes().await, 0, "after {before} writes before");
+        assert!(link("vxlan-7").await.is_some());
+    });
+}
+
+#[test]
+fn a_link_that_somebody_brings_is_wired_within_fifty_milliseconds() {
+    on_a_host(|| async {
+        let net = Uuid::new_v4();
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        let program = Program::new();
+        let _agent = program.start();
+        program.apply(&documents).await;
+        let mut waits = Vec::new();
+        for last in 10..15 {
+            let id = Uuid::new_v4();
+            let more = json!({"owner": "external", "port_security": false});
+            let object =
+                documents.put("Port", &format!("p{last}"), id, port(net, "one", last, &more));
+            let document = documents.desired().objects[&object].document.as_ref().clone();
+            program.client().apply(&[document]).await.unwrap();
+            wait_for(Duration::from_secs(10), "the port to wait for its link", || async {
+                let entries = program.client().get(None, Some(&[id])).await.unwrap();
+                let reason = entries[0].status.reason.clone().unwrap_or_default();
+                reason.contains("waits for link").then_some(())
+            })
+            .await;
+            let mut monitor = Monitor::open().unwrap();
+            let tap = format!("tap{}", short(id));
+            let watched = tokio::spawn(async move {
+                let mut came = None;
+                loop {
+                    let Some(Event::Link(link)) = monitor.next().await else { continue };
+                    if link.name == tap {
+                        let came = *came.get_or_insert_with(Instant::now);
+                        if link.master.is_some() {
+                            return came.elapsed();
+                        }
+                    }
+                }
+            });
+            Guest::start(&format!("guest{last}"), id, &mac(last)).await;
+            let wait = tokio::time::timeout(Duration::from_secs(5), watched);
+            waits.push(wait.await.expect("it is wired").unwrap());
+        }
+        println!("wired after {waits:?}");
+        let best = waits.iter().min().unwrap();
+        assert!(*best < Duration::from_millis(50), "{waits:?}");
+    });
+}
