@@ -372,7 +372,7 @@ fn a_link_is_held_to_a_rate_in_both_directions_beside_what_others_set() {
         links.set_redirect(port, "tap0", queue).await.unwrap();
         links.set_redirect(port, "tap0", queue).await.unwrap();
         assert_eq!(links.redirect(port, "tap0").await.unwrap(), Some(queue));
-        let others = "filter add dev tap0 parent ffff: prio 7 u32 match u32 0 0 action pass";
+        let others = "filter add dev tap0 parent ffff: prio 7 u32 match u32 0 0 classid 1:1";
         Program::new("/usr/sbin/tc").args(others.split(' ')).run().await.unwrap();
         links.remove_redirect(port, "tap0").await.unwrap();
         links.remove_redirect(port, "tap0").await.unwrap();

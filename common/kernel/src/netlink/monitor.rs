@@ -68,6 +68,8 @@ impl Monitor {
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Neigh,
             MulticastGroup::Tc,
+            // Tells of sysctls of IPv6, which the first group does not.
+            MulticastGroup::Ipv6Ifinfo,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])
@@ -92,10 +94,12 @@ impl Monitor {
 }
 
 fn translate(message: &RouteNetlinkMessage) -> Option<Event> {
-    use rtnetlink::packet_route::AddressFamily::{Bridge, Unspec};
+    use rtnetlink::packet_route::AddressFamily::{Bridge, Inet6, Unspec};
     match message {
         // The bridge tells of its ports in its own family; what matters comes in the other, too.
-        RouteNetlinkMessage::NewLink(found) if found.header.interface_family == Unspec => {
+        RouteNetlinkMessage::NewLink(found)
+            if matches!(found.header.interface_family, Unspec | Inet6) =>
+        {
             Some(Event::Link(link::parse(found)))
         }
         RouteNetlinkMessage::DelLink(found) if found.header.interface_family != Bridge => {
