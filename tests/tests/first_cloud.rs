@@ -153,7 +153,7 @@ impl Cloud {
                         bridge_mappings = { extnet = \"ext0\" }\n";
             }
             if agent == AgentKind::Compute {
-                own += "[compute]\nvirt_type = \"qemu\"\ndisk_cache = \"writeback\"\n";
+                own += "[compute]\nvirt_type = \"qemu\"\ndisk_cache = \"writeback\"\nimage_cache_hours = 0\n";
             }
             fs::write(at("etc").join(format!("{agent}.toml")), own).unwrap();
         }
@@ -264,6 +264,8 @@ impl Cloud {
         for told in [
             format!("guest: eth0 has address {}/24", guest.address),
             "guest: /dev/vdb has 1073741824 bytes".to_owned(),
+            "guest: my name by metadata is demo.stackhand.internal, and there are keys: 1"
+                .to_owned(),
             "guest: the router is 192.168.0.254".to_owned(),
         ] {
             wait_for_sync(LIMIT, &format!("{told:?} on the console"), || {
