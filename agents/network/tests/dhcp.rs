@@ -227,8 +227,9 @@ fn a_guest_behind_a_tap_is_answered_as_a_hypervisor_would_hand_it_on() {
         let Outcome::Active { observed } = &report.outcomes[&object] else { unreachable!() };
         assert_eq!(observed["carrier"], json!(true), "somebody has it open");
 
-        tap.write_all(&discover()).unwrap();
         let offer = wait_for(Duration::from_secs(5), "an offer on the tap", || {
+            // Again and again, as clients do: the bridge may not pass frames on yet.
+            tap.write_all(&discover()).unwrap();
             let mut frame = vec![0; 2048];
             let read = tap.read(&mut frame).ok();
             let offered = read.filter(|length| {

@@ -67,16 +67,17 @@ fn an_agent_killed_after_any_step_leaves_what_the_next_one_finishes() {
         let f = Uuid::new_v4();
         routed.float(f, "203.0.113.50", routed.web);
         one_step_a_life(&routed).await;
-        let (agent, _) = agent("one");
-        routed.documents.rest(&agent).await;
+        let (first, _) = agent("one");
+        routed.documents.rest(&first).await;
+        drop(first);
         let on_web = Server::start("web", 0).await;
         let (mut stream, _) = connect("outside", "203.0.113.50", on_web.port).await.unwrap();
         // It leads elsewhere now: the flow is cut, however often the agent dies meanwhile.
         routed.float(f, "203.0.113.50", routed.db);
         one_step_a_life(&routed).await;
         assert!(!is_alive(&mut stream));
-        let agent = support::agent("one").0;
-        routed.documents.rest(&agent).await;
+        let (next, _) = agent("one");
+        routed.documents.rest(&next).await;
         assert!(web.reaches("198.51.100.1").await);
     });
 }
