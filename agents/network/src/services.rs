@@ -1,4 +1,4 @@
-//! What guests are served by the agent itself: DHCP, DNS, metadata. One process for all networks.
+//! What guests are served by the agent itself: DHCP, DNS, router advertisements, metadata. One process for all networks.
 //!
 //! ```text
 //! documents ──> Site: a link inside a namespace, and a table for each service there
@@ -15,6 +15,7 @@ pub mod dns;
 mod fleet;
 pub mod metadata;
 mod pace;
+pub mod ra;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,13 +39,15 @@ pub struct Site {
     pub dns: Option<Arc<dns::Zone>>,
     /// Who may read which metadata.
     pub metadata: Option<Arc<metadata::Table>>,
+    /// What a router says of itself.
+    pub ra: Option<Arc<ra::Advert>>,
 }
 
 impl Site {
     /// A site that serves nothing.
     #[must_use]
     pub fn of(object: ObjectRef) -> Self {
-        Self { object, dhcp: None, dns: None, metadata: None }
+        Self { object, dhcp: None, dns: None, metadata: None, ra: None }
     }
 
     /// What is served, for the network's status.
@@ -66,6 +69,7 @@ pub struct Services {
     dhcp: Fleet<dhcp::Server>,
     dns: Fleet<dns::Server>,
     metadata: Fleet<metadata::Server>,
+    ra: Fleet<ra::Server>,
 }
 
 impl Services {
@@ -76,6 +80,7 @@ impl Services {
             dhcp: Fleet::new(dhcp::Server::default()),
             dns: Fleet::new(dns::Server::default()),
             metadata: Fleet::new(metadata::Server::default()),
+            ra: Fleet::new(ra::Server::default()),
         }
     }
 
@@ -84,6 +89,7 @@ impl Services {
         self.dhcp.retain(|at| wanted.get(at).is_some_and(|site| site.dhcp.is_some()));
         self.dns.retain(|at| wanted.get(at).is_some_and(|site| site.dns.is_some()));
         self.metadata.retain(|at| wanted.get(at).is_some_and(|site| site.metadata.is_some()));
+        self.ra.retain(|at| wanted.get(at).is_some_and(|site| site.ra.is_some()));
     }
 
     /// Hands servers their tables and starts those that do not run. `find` tells number and
@@ -101,6 +107,7 @@ impl Services {
                 self.dhcp.serve(at, link, site.dhcp.as_ref()).await,
                 self.dns.serve(at, link, site.dns.as_ref()).await,
                 self.metadata.serve(at, link, site.metadata.as_ref()).await,
+                self.ra.serve(at, link, site.ra.as_ref()).await,
             ];
             for error in served.into_iter().filter_map(Result::err) {
                 troubled.entry(site.object).or_insert_with(|| Chain(&error).to_string());
@@ -116,6 +123,7 @@ impl Services {
             "dhcp": self.dhcp.shared().facts(self.dhcp.len()),
             "dns": self.dns.shared().facts(self.dns.len()),
             "metadata": self.metadata.shared().facts(self.metadata.len()),
+            "router_advertisements": self.ra.shared().facts(self.ra.len()),
         })
     }
 
@@ -125,6 +133,7 @@ impl Services {
         let mut readings = dhcp::Server::readings(self.dhcp.shared());
         readings.extend(dns::Server::readings(self.dns.shared()));
         readings.extend(metadata::Server::readings(self.metadata.shared()));
+        readings.extend(ra::Server::readings(self.ra.shared()));
         readings
     }
 }

@@ -180,6 +180,80 @@ fn a_guest_that_asks_too_much_is_slowed_down_and_its_neighbour_is_not() {
 }
 
 #[test]
+fn a_router_gives_guests_ipv6_addresses_and_answers_for_metadata() {
+    on_a_host(|| async {
+        let (net, router, inside, a) =
+            (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let web = Guest::start("web", a, &mac(10)).await;
+        let mut documents = Documents::default();
+        let spec = json!({
+            "mtu": 1400,
+            "dns_domain": "int.example.org",
+            "subnets": [
+                {"name": "main", "cidr": "10.7.0.0/24", "gateway": "10.7.0.1",
+                 "dhcp_address": "10.7.0.2"},
+                {"name": "six", "cidr": "2001:db8:7::/64", "gateway": "2001:db8:7::1",
+                 "ipv6_mode": "slaac", "dns_servers": ["2001:db8::53"]},
+            ],
+        });
+        documents.put("Network", "net", net, network("local", &spec));
+        let own = "2001:db8:7:0:f816:3eff:fe00:a";
+        let more = json!({
+            "owner": "external", "port_security": false, "guest": {"hostname": "web"},
+            "fixed_ips": [
+                {"subnet": "main", "address": "10.7.0.10"}, {"subnet": "six", "address": own},
+            ],
+        });
+        documents.put("Port", "a", a, port(net, "one", 10, &more));
+        let more = json!({
+            "owner": "router-interface", "device": router,
+            "fixed_ips": [
+                {"subnet": "main", "address": "10.7.0.1"},
+                {"subnet": "six", "address": "2001:db8:7::1"},
+            ],
+        });
+        documents.put("Port", "inside", inside, port(net, "one", 1, &more));
+        let spec = json!({"host": "one", "interfaces": [inside]});
+        documents.put("Router", "router", router, spec);
+        let (agent, _) = agent("one");
+        documents.settle(&agent).await;
+        documents.rest(&agent).await;
+
+        // By the kernel's own client; its addresses are its own once nobody else had them.
+        stackhand_testkit::wait_for(Duration::from_secs(15), "an address by SLAAC", || async {
+            let has = web.run("ip -6 address show dev eth0").await;
+            (has.contains(&format!("{own}/64")) && !has.contains("tentative")).then_some(())
+        })
+        .await;
+        let routes = web.run("ip -6 route show dev eth0").await;
+        assert!(routes.contains("default via fe80:"), "{routes}");
+        let told = web.run("rdisc6 -1 -q -w 3000 eth0").await;
+        assert!(told.contains("2001:db8:7::/64"), "{told}");
+        let told = web.run("rdisc6 -1 -w 3000 eth0").await;
+        assert!(told.contains("2001:db8::53") && told.contains("1400 bytes"), "{told}");
+        assert!(told.contains("int.example.org"), "{told}");
+
+        // By the router, in both families.
+        web.udhcpc("").await.unwrap();
+        web.run("ip route add default via 10.7.0.1").await;
+        assert_eq!(
+            get(&web, "", "/latest/meta-data/hostname").await,
+            ("web.int.example.org".into(), 200)
+        );
+        // The DHCP client took the link down and up: its own address is looked for once more.
+        let six = "curl -g -s -m 5 http://[fe80::a9fe:a9fe%eth0]/latest/meta-data/hostname";
+        let told = stackhand_testkit::wait_for(Duration::from_secs(10), "metadata", || async {
+            web.try_run(six).await.ok()
+        })
+        .await;
+        assert_eq!(told.trim(), "web.int.example.org");
+        let facts = agent.facts().await;
+        assert!(facts["router_advertisements"]["sent"].as_u64().unwrap() >= 1, "{facts}");
+        documents.rest(&agent).await;
+    });
+}
+
+#[test]
 fn names_and_metadata_are_there_again_at_once_after_a_restart() {
     on_a_host(|| async {
         let world = World::start().await;

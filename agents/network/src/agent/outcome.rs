@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 use stackhand_model::{
-    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortSpec, RouterId, RouterSpec,
-    SecurityGroupId, Spec,
+    Document, FloatingIpSpec, Ipv6Mode, NetworkId, ObjectRef, PortId, PortSpec, RouterId,
+    RouterSpec, SecurityGroupId, Spec,
 };
 use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
 
@@ -257,14 +257,17 @@ pub(super) fn troubles(
     let unserved = desired.objects.values().any(|held| match &held.document.spec {
         Spec::Network(network) => {
             wish.wired.contains_key(&NetworkId(held.document.id))
-                && network.subnets.iter().any(|subnet| subnet.ipv6_mode.is_some())
+                && network.subnets.iter().any(|subnet| {
+                    use Ipv6Mode::{Dhcpv6Stateful, Dhcpv6Stateless};
+                    matches!(subnet.ipv6_mode, Some(Dhcpv6Stateful | Dhcpv6Stateless))
+                })
         }
         _ => false,
     });
     if unserved {
         troubles.push(
-            "IPv6 subnets are not served: this agent sends no router advertisements and answers \
-             no DHCPv6 yet"
+            "DHCPv6 is not served yet: routers advertise subnets with ipv6_mode dhcpv6-stateful or \
+             dhcpv6-stateless, and nobody answers; use slaac"
                 .to_owned(),
         );
     }

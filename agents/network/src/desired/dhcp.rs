@@ -136,6 +136,7 @@ impl Builder<'_> {
             dhcp: Some(Arc::new(table)),
             dns: Some(Arc::new(zone)),
             metadata: Some(Arc::new(metadata)),
+            ra: None,
         };
         self.wish.services.insert(far, site);
         Some(kept_apart)

@@ -4,14 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use stackhand_model::{InstanceId, InstancePort, NetworkId, NetworkSpec, PortId, PortSpec};
+use ipnet::{IpNet, Ipv6Net};
+use stackhand_model::{
+    InstanceId, InstancePort, Ipv6Mode, NetworkId, NetworkSpec, PortId, PortSpec,
+};
 use uuid::Uuid;
 
-use super::{Builder, needs_tap};
+use super::{Builder, RouterLink, needs_tap};
 use crate::l2::At;
 use crate::services::Site;
 use crate::services::dns::{self, Zone};
 use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6, Known, Table, link_local};
+use crate::services::ra::{Advert, Prefix};
 
 impl Builder<'_> {
     /// What this host's routers serve to the guests behind them.
@@ -19,21 +23,55 @@ impl Builder<'_> {
         let mut sites = Vec::new();
         for (id, router) in &self.wish.routers {
             let inner = || router.links.iter().filter(|link| !link.is_gateway);
-            let mut put = |link: &str, table: Table| {
-                let site = Site { metadata: Some(Arc::new(table)), ..Site::of(id.object()) };
-                sites.push((At::inside(router.space.clone(), link), site));
-            };
             // The address is the router's own, whichever link a guest comes by.
             let networks: Vec<NetworkId> = inner().map(|link| link.network).collect();
-            put("lo", self.metadata(&networks, [ADDRESS_V4.into()].into()));
-            for link in inner() {
-                if link.addresses.iter().any(|net| net.addr().is_ipv6()) {
-                    let table = self.metadata(&[link.network], [ADDRESS_V6.into()].into());
-                    put(&link.link, table);
-                }
+            let metadata = Arc::new(self.metadata(&networks, [ADDRESS_V4.into()].into()));
+            let site = Site { metadata: Some(metadata), ..Site::of(id.object()) };
+            sites.push((At::inside(router.space.clone(), "lo"), site));
+            let with_v6 = |link: &&RouterLink| link.addresses.iter().any(|it| it.addr().is_ipv6());
+            for link in inner().filter(with_v6) {
+                let metadata = self.metadata(&[link.network], [ADDRESS_V6.into()].into());
+                let site = Site {
+                    metadata: Some(Arc::new(metadata)),
+                    ra: self.advert(link).map(Arc::new),
+                    ..Site::of(id.object())
+                };
+                sites.push((At::inside(router.space.clone(), link.link.clone()), site));
             }
         }
         self.wish.services.extend(sites);
+    }
+
+    /// What a router says of itself on a link. Subnets without a mode are left to whoever set them
+    /// up.
+    fn advert(&self, link: &RouterLink) -> Option<Advert> {
+        let network = self.documents.networks.get(&link.network)?;
+        let mut advert = Advert {
+            mtu: self.wish.wired.get(&link.network).map_or(0, |wired| wired.mtu),
+            search: vec![self.domain(network)],
+            routes: vec![Ipv6Net::from(ADDRESS_V6)],
+            ..Advert::default()
+        };
+        advert.search.extend(network.search_domains.iter().cloned());
+        for subnet in &network.subnets {
+            let (IpNet::V6(net), Some(mode)) = (subnet.cidr, subnet.ipv6_mode) else { continue };
+            if !link.addresses.iter().any(|own| subnet.cidr.contains(&own.addr())) {
+                continue;
+            }
+            advert.managed |= mode == Ipv6Mode::Dhcpv6Stateful;
+            advert.other |= mode == Ipv6Mode::Dhcpv6Stateless;
+            // Addresses are made of 64 bits alone.
+            let autonomous = mode != Ipv6Mode::Dhcpv6Stateful && net.prefix_len() == 64;
+            advert.prefixes.push(Prefix { net, autonomous });
+            for server in &subnet.dns_servers {
+                if let IpAddr::V6(v6) = server
+                    && !v6.is_unspecified()
+                {
+                    advert.dns.push(*v6);
+                }
+            }
+        }
+        (!advert.prefixes.is_empty()).then_some(advert)
     }
 
     /// The names of a network's ports, served on `servers`.
