@@ -105,6 +105,7 @@ async fn the_common_checks_look_at_this_host_and_name_what_is_missing() {
         "clock",
         "kernel",
         "cgroup",
+        "security-module",
         "open-files",
         "host-name",
         "trusted-controllers",
