@@ -499,7 +499,9 @@ fn facts_say_what_the_kernel_can_do_and_how_it_filters() {
         let mut documents = Documents::default();
         documents.put("Network", "net", net, network("local", &json!({})));
         documents.put("Port", "a", Uuid::new_v4(), port(net, "one", 10, &json!({})));
-        let more = json!({"subnets": [{"name": "six", "cidr": "fd00::/64", "ipv6_mode": "slaac"}]});
+        let more = json!({
+            "subnets": [{"name": "six", "cidr": "fd00::/64", "ipv6_mode": "dhcpv6-stateful"}],
+        });
         let six = Uuid::new_v4();
         documents.put("Network", "six", six, network("local", &more));
         let on_six = json!({
@@ -509,7 +511,7 @@ fn facts_say_what_the_kernel_can_do_and_how_it_filters() {
         documents.put("Port", "six", Uuid::new_v4(), on_six);
         documents.pass(&agent).await;
         let told = agent.troubles();
-        assert!(told.iter().any(|trouble| trouble.contains("router advertisements")), "{told:?}");
+        assert!(told.iter().any(|trouble| trouble.contains("DHCPv6 is not served")), "{told:?}");
     });
 }
 
