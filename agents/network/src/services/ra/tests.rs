@@ -54,6 +54,6 @@ proptest! {
         if let Some(first) = bytes.first_mut() {
             *first = 133;
         }
-        is_solicitation(&bytes, GUEST, 255);
+        prop_assert!(!is_solicitation(&bytes, GUEST, 255) || bytes.len() >= 8);
     }
 }
