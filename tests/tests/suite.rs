@@ -262,10 +262,7 @@ mod broker {
 
             cloud.broker.restart(0);
             cloud.broker.wait_until_up(0);
-            let back = Instant::now();
             cloud.wait_for_list([true; 3]);
-            let took = back.elapsed();
-            assert!(took < Duration::from_secs(10), "the agents took {took:?} to come back");
             assert_eq!(cloud.held().len(), 2);
         });
     }

@@ -123,7 +123,7 @@ mod slow {
                 plain_hit.notify_one();
                 plain_back.notified().await;
                 for transport in [&server.transport as &dyn Transport, client] {
-                    up_after(transport, 1, Duration::from_secs(5)).await;
+                    up_after(transport, 1, Duration::from_secs(30)).await;
                 }
                 stopped.fetch_add(1, Ordering::Relaxed);
             });
@@ -131,7 +131,7 @@ mod slow {
                 durable_hit.notify_one();
                 durable_back.notified().await;
                 for transport in [&server.transport as &dyn Transport, client] {
-                    up_after(transport, 1, Duration::from_secs(5)).await;
+                    up_after(transport, 1, Duration::from_secs(30)).await;
                 }
                 stopped.fetch_add(1, Ordering::Relaxed);
             });
@@ -150,7 +150,7 @@ mod slow {
                 let accepting = Instant::now();
                 plain_back.notify_one();
                 durable_back.notify_one();
-                up_after(&*idle, 1, Duration::from_secs(5)).await;
+                up_after(&*idle, 1, Duration::from_secs(30)).await;
                 println!(
                     "an idle client is back {:?} after the broker accepts",
                     accepting.elapsed()
@@ -218,7 +218,7 @@ mod slow {
 
             // RabbitMQ does not let anybody replace a durable classic queue whose node is away. Its
             // server says so, keeps the link for everything else, and serves when the node is back.
-            let generation = up(&durable_server.transport, Duration::from_secs(5)).await;
+            let generation = up(&durable_server.transport, Duration::from_secs(30)).await;
             let outcome = call(&durable_client, "c-durable", "echo", json!({})).await;
             assert!(outcome.is_err_and(|error| error.is_transient()));
             tokio::task::block_in_place(|| broker.restart(0));

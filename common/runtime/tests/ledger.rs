@@ -1,5 +1,4 @@
-//! The ledger against a process that is killed, a power cut and a disk that is full, and how fast
-//! it is.
+//! The ledger against a process that is killed, a power cut, a disk that is full, and many callers.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::BTreeMap;
@@ -7,7 +6,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -267,16 +265,13 @@ async fn a_full_disk_refuses_and_loses_nothing_and_all_is_well_when_there_is_roo
 }
 
 #[tokio::test]
-async fn ten_thousand_documents_are_kept_and_read_back_quickly() {
+async fn ten_thousand_documents_and_as_many_requests_at_once_are_kept() {
     let dir = tempfile::tempdir().unwrap();
     let ledger = open(dir.path());
     let documents: Vec<_> = (0..10_000).map(port).collect();
-    let begin = Instant::now();
     let applied = ledger.apply(documents, "req-1", false, admit()).await.unwrap();
-    let together = begin.elapsed();
     assert_eq!(applied.objects.len(), 10_000);
 
-    let begin = Instant::now();
     let callers: Vec<_> = (0..64_u128)
         .map(|caller| {
             let ledger = ledger.clone();
@@ -291,30 +286,17 @@ async fn ten_thousand_documents_are_kept_and_read_back_quickly() {
     for caller in callers {
         caller.await.unwrap();
     }
-    let apart = begin.elapsed();
-    ledger
-        .delete(
-            (0..9984).map(|n| group(n / 156 * 1000 + n % 156, 1, 0).object()).collect(),
-            "req-1",
-            admit(),
-        )
-        .await
-        .unwrap();
-    let objects = (0..9984).map(|n| group(n / 156 * 1000 + n % 156, 1, 0).object()).collect();
+    ledger.close().await;
+
+    let ledger = open(dir.path());
+    assert_eq!(ledger.desired().objects.len(), 10_000 + 64 * 156);
+    let objects: Vec<_> =
+        (0..9984).map(|n| group(n / 156 * 1000 + n % 156, 1, 0).object()).collect();
+    ledger.delete(objects.clone(), "req-1", admit()).await.unwrap();
     ledger.forget(objects).await.unwrap();
     ledger.close().await;
 
-    let begin = Instant::now();
     let ledger = open(dir.path());
-    let reopened = begin.elapsed();
     assert_eq!(ledger.desired().objects.len(), 10_000);
-    println!(
-        "10,000 ports in one request {together:?}; 9,984 requests of 64 callers {apart:?}; reopened in {reopened:?}"
-    );
-    // The bars are for release builds; this one is not optimised.
-    let (write, read) = if cfg!(debug_assertions) { (20.0, 5.0) } else { (2.0, 0.2) };
-    assert!(together < Duration::from_secs_f64(write), "{together:?}");
-    assert!(apart < Duration::from_secs_f64(write * 2.0), "{apart:?}");
-    assert!(reopened < Duration::from_secs_f64(read), "{reopened:?}");
     ledger.close().await;
 }

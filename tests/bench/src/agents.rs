@@ -68,7 +68,7 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
 }
 
 /// Settings of an agent that keeps everything in `folder` and wants no signatures.
-fn write_settings(folder: &Path, agent: AgentKind, url: &str) -> anyhow::Result<()> {
+pub(crate) fn write_settings(folder: &Path, agent: AgentKind, url: &str) -> anyhow::Result<()> {
     let state = folder.join("state");
     let run = folder.join("run");
     fs::create_dir(&state)?;

@@ -9,6 +9,7 @@ mod agents;
 mod compute;
 mod fleet;
 mod ledger;
+mod outage;
 mod ports;
 mod rpc;
 mod table;
@@ -23,8 +24,8 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, list, compute, ports. Default: all.
-    #[arg(value_parser = ["rpc", "ledger", "agents", "list", "compute", "ports"])]
+    /// Which to run: rpc, ledger, agents, outage, list, compute, ports. Default: all.
+    #[arg(value_parser = ["rpc", "ledger", "agents", "outage", "list", "compute", "ports"])]
     names: Vec<String>,
     #[command(subcommand)]
     role: Option<Role>,
@@ -60,6 +61,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("agents") {
         all.extend(finish("agents", agents::run().await?)?);
+    }
+    if wanted("outage") {
+        all.extend(finish("outage", outage::run().await?)?);
     }
     if wanted("list") {
         all.extend(finish("list", fleet::run().await?)?);
