@@ -1,5 +1,5 @@
 //! Waiting for objects and telling how they get on: one line per object, drawn again on a
-//! terminal, otherwise a line whenever one changes.
+//! terminal, with a bar for long work, otherwise a line whenever one changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -23,6 +23,9 @@ const ROUND: Duration = Duration::from_secs(1);
 /// Most lines that are drawn on a terminal.
 const MOST_LINES: usize = 30;
 
+/// Cells of a bar.
+const BAR_CELLS: u64 = 20;
+
 /// One object at one agent.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Target {
@@ -37,6 +40,8 @@ struct Standing {
     done: bool,
     word: String,
     reason: String,
+    /// How far long work on it is, 0 to 100.
+    percent: Option<u64>,
 }
 
 /// What came of waiting.
@@ -198,7 +203,8 @@ struct Board {
 
 impl Board {
     fn new(targets: &[Target], condition: Condition, live: bool) -> Self {
-        let standing = Standing { done: false, word: "waiting".into(), reason: String::new() };
+        let standing =
+            Standing { done: false, word: "waiting".into(), reason: String::new(), percent: None };
         Self {
             lines: targets.iter().map(|target| (target.clone(), standing.clone())).collect(),
             condition,
@@ -221,18 +227,18 @@ impl Board {
             (None, Condition::Active) => ("active", String::new()),
             (None, _) => ("gone", String::new()),
         };
-        self.set(target, Standing { done: true, word: text.into(), reason });
+        self.set(target, Standing { done: true, word: text.into(), reason, percent: None });
     }
 
     fn still(&mut self, target: &Target, why: &Waiting) {
         let state = why.state.unwrap_or(State::Pending);
-        let standing =
-            Standing { done: false, word: state.as_str().into(), reason: why.reason.clone() };
-        self.set(target, standing);
+        let (word, reason) = (state.as_str().into(), why.reason.clone());
+        self.set(target, Standing { done: false, word, reason, percent: why.progress_percent });
     }
 
     fn away(&mut self, target: &Target, reason: &str) {
-        self.set(target, Standing { done: false, word: "unknown".into(), reason: reason.into() });
+        let (word, reason) = ("unknown".into(), reason.into());
+        self.set(target, Standing { done: false, word, reason, percent: None });
     }
 
     fn reason(&self, target: &Target) -> String {
@@ -264,7 +270,11 @@ impl Board {
             elapsed.as_secs_f64()
         ));
         for (target, standing) in open.iter().take(MOST_LINES) {
-            text.push_str(&format!("  {}\n", cut(&line(target, standing), 110)));
+            let bar = standing.percent.map(bar).unwrap_or_default();
+            text.push_str(&format!(
+                "  {}\n",
+                cut(&format!("{bar}{}", line(target, standing)), 110)
+            ));
         }
         self.drawn = 1 + open.len().min(MOST_LINES);
         console.draw(&text);
@@ -296,6 +306,12 @@ fn line(target: &Target, standing: &Standing) -> String {
     tame(&format!("{} {name} on {}: {}{reason}", object.kind, place.host, standing.word))
 }
 
+/// How far work is, drawn.
+fn bar(percent: u64) -> String {
+    let full = percent.min(100) * BAR_CELLS / 100;
+    (0..BAR_CELLS).map(|cell| if cell < full { '█' } else { '░' }).chain([' ']).collect()
+}
+
 fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -308,5 +324,19 @@ fn word(condition: Condition) -> &'static str {
         Condition::Active => "active",
         Condition::Gone => "gone",
         Condition::Settled => "settled",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_as_full_as_the_work_is_done_and_never_longer() {
+        for (percent, full) in [(0, 0), (4, 0), (5, 1), (50, 10), (99, 19), (100, 20), (250, 20)] {
+            let bar = bar(percent);
+            assert_eq!(bar.chars().count(), 21, "{bar}");
+            assert_eq!(bar.chars().filter(|&cell| cell == '█').count(), full, "{bar}");
+        }
     }
 }

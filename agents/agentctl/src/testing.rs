@@ -330,9 +330,11 @@ impl FakeAgent {
                     settled.push(Settled { object: *object, status });
                 } else {
                     let reason = status.as_ref().and_then(|it| it.reason.clone());
+                    let percent = |it: &Status| it.observed.get("progress_percent")?.as_u64();
+                    let progress_percent = status.as_ref().and_then(percent);
                     let state = status.map(|it| it.state);
                     let reason = reason.unwrap_or_default();
-                    waiting.push(Waiting { object: *object, state, reason });
+                    waiting.push(Waiting { object: *object, state, reason, progress_percent });
                 }
             }
             (settled, waiting)

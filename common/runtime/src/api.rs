@@ -181,6 +181,9 @@ pub struct Waiting {
     pub state: Option<State>,
     /// Why it is not there yet.
     pub reason: String,
+    /// How far long work on it is, 0 to 100, where the agent tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress_percent: Option<u64>,
 }
 
 /// The answer to `ping`. Open to everybody, so it tells little.

@@ -82,7 +82,8 @@ fn missing(condition: Condition, object: ObjectRef, status: Option<&Status>) -> 
         None => "it is not held here".to_owned(),
         Some(status) => status.reason.clone().unwrap_or_else(|| format!("it is {}", status.state)),
     };
-    Some(Waiting { object, state, reason })
+    let progress_percent = status.and_then(|it| it.observed.get("progress_percent")?.as_u64());
+    Some(Waiting { object, state, reason, progress_percent })
 }
 
 fn name(condition: Condition) -> &'static str {
