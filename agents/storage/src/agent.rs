@@ -25,7 +25,7 @@ use crate::desired::{Wanted, admit};
 use crate::export::chap::Key;
 use crate::export::{ExportError, Exporter};
 use crate::plan::{Change, Exports, Limits, Plan, Situation, Step, View};
-use crate::works::{self, Task, Works};
+use crate::works::{self, Works};
 
 /// A backend with its settings.
 #[derive(Clone, Debug)]
@@ -137,7 +137,7 @@ impl StorageAgent {
     }
 
     /// Makes one change.
-    async fn perform(&self, step: &Step, situation: &Situation) -> Result<(), String> {
+    async fn perform(&self, step: &Step) -> Result<(), String> {
         match &step.change {
             Change::Publish { target } => {
                 let target = target.clone();
@@ -151,10 +151,6 @@ impl StorageAgent {
         let name = &step.backend;
         let Some(Configured { backend, .. }) = self.backends.get(name) else {
             return Err(format!("there is no backend {name:?}"));
-        };
-        let start = |task| {
-            self.works.start(name, Arc::clone(backend), task);
-            Ok(())
         };
         let done = match step.change.clone() {
             Change::Create { item, bytes } => {
@@ -174,19 +170,10 @@ impl StorageAgent {
                 self.works.call_off(item);
                 Ok(())
             }
-            Change::Copy { item, source, from, bytes } => {
-                let observed = situation.backends.get(&from).map(|view| &view.observed);
-                let Some(Ok(observed)) = observed else {
-                    return Err(format!("backend {from} is away"));
-                };
-                let path = observed.place.path(source);
-                start(Task::Copy { item, source, path, bytes })
+            Change::Begin(task) => {
+                self.works.start(name, Arc::clone(backend), task);
+                Ok(())
             }
-            Change::Import { item, id, image, bytes } => {
-                start(Task::Import { item, id, image, bytes })
-            }
-            Change::Revert { volume, snapshot } => start(Task::Revert { volume, snapshot }),
-            Change::Wipe { name } => start(Task::Wipe { name }),
             Change::Publish { .. } | Change::Withdraw { .. } => Ok(()),
         };
         done.map_err(|error| chain(&error))
@@ -244,7 +231,7 @@ impl Agent for StorageAgent {
                 Some((object, reason)) => Err(format!("waits for {object}: {reason}")),
                 None => {
                     tracing::info!(step = %step, "applying");
-                    self.perform(step, &situation).await.inspect(|()| writes += 1)
+                    self.perform(step).await.inspect(|()| writes += 1)
                 }
             };
             if let Err(reason) = result {
@@ -285,7 +272,7 @@ impl Agent for StorageAgent {
                 name: name.clone(),
             }));
         }
-        self.forget_fences(&wanted).await;
+        self.forget_notes(&wanted).await;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if work.cause == Cause::Start {
             tracing::info!(steps = steps.len(), "first look at the backends is done");

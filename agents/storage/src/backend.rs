@@ -8,8 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+pub use stackhand_image::Progress;
+use stackhand_image::files::FileError;
 use stackhand_kernel::exec::ExecError;
 use stackhand_model::{Connection, FileFormat, ObjectRef, SnapshotId, VolumeId};
 
@@ -259,24 +260,9 @@ pub enum BackendError {
     },
 }
 
-/// How far a copy is; also the way to call it off.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Bytes of the source that are dealt with, holes included.
-    pub done: AtomicU64,
-    /// Bytes of the source; 0 until known.
-    pub total: AtomicU64,
-    /// Set to call the copy off.
-    pub cancelled: AtomicBool,
-}
-
-impl Progress {
-    /// How far, 0 to 100.
-    #[must_use]
-    pub fn percent(&self) -> u64 {
-        let total = self.total.load(Ordering::Relaxed);
-        let done = self.done.load(Ordering::Relaxed).min(total);
-        done.saturating_mul(100).checked_div(total).unwrap_or(0)
+impl From<FileError> for BackendError {
+    fn from(FileError { action, path, source }: FileError) -> Self {
+        Self::Io { action, path, source }
     }
 }
 
@@ -345,7 +331,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Fails if it cannot.
     fn activate(&self, item: Item) -> Result<(), BackendError>;
 
-    /// Grows an item to `bytes`. One that has that size or more stays as it is.
+    /// Grows an item to `bytes`, and has its device appear if it was not there. One that has that
+    /// size or more stays as it is.
     ///
     /// # Errors
     ///

@@ -8,169 +8,25 @@ mod attach;
 mod capacity;
 mod delete;
 mod make;
+mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde_json::Value;
-use stackhand_model::{AttachmentId, ImageId, ImageSpec, ObjectRef, SnapshotId, VolumeId};
+use stackhand_model::{AttachmentId, ObjectRef, SnapshotId, VolumeId};
 use stackhand_runtime::agent::Outcome;
 
 use crate::backend::{Item, Observed, Presence, Seen};
 use crate::desired::Wanted;
 use crate::export::chap::Key;
-use crate::export::{Admission, SeenTarget, Target, target_name};
+use crate::export::{Admission, SeenTarget};
 pub use capacity::{Budget, Limits};
+pub use step::{Change, Step, Task, WorkKind};
 
 /// Name that steps on exports carry in place of a backend's.
 pub const EXPORTS: &str = "exports";
-
-/// One change to a backend.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// The object it serves; absent for clean-up.
-    pub object: Option<ObjectRef>,
-    /// Others that it serves as well.
-    pub also: Vec<ObjectRef>,
-    /// Objects whose steps must have succeeded before this one is tried.
-    pub needs: Vec<ObjectRef>,
-    /// Where.
-    pub backend: String,
-    /// What.
-    pub change: Change,
-}
-
-/// What a step does.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Change {
-    /// Makes an item of zeroes.
-    Create {
-        /// The item.
-        item: Item,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Makes an item from another at once.
-    Clone {
-        /// The item.
-        item: Item,
-        /// What it starts from.
-        source: Item,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Begins to copy in the background.
-    Copy {
-        /// The item.
-        item: Item,
-        /// What it starts from.
-        source: Item,
-        /// Backend of the source.
-        from: String,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Begins to make an item from an image in the background.
-    Import {
-        /// The item.
-        item: Item,
-        /// Which image.
-        id: ImageId,
-        /// What it is.
-        image: Box<ImageSpec>,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Begins to set a volume back in the background.
-    Revert {
-        /// The volume.
-        volume: VolumeId,
-        /// What it is set back to.
-        snapshot: Item,
-    },
-    /// Makes an item's device appear.
-    Activate {
-        /// The item.
-        item: Item,
-    },
-    /// Calls off the work on an item.
-    CallOff {
-        /// What was being made.
-        item: Item,
-    },
-    /// Grows an item.
-    Extend {
-        /// The item.
-        item: Item,
-        /// Its new size.
-        bytes: u64,
-    },
-    /// Removes an item.
-    Delete {
-        /// The item.
-        item: Item,
-    },
-    /// Removes what was begun and not finished.
-    Discard {
-        /// The item.
-        item: Item,
-    },
-    /// Removes a leftover.
-    Sweep {
-        /// Its name.
-        name: String,
-    },
-    /// Begins to overwrite a leftover in the background.
-    Wipe {
-        /// Its name.
-        name: String,
-    },
-    /// Gives a volume to other hosts, or changes to whom.
-    Publish {
-        /// As it is to be.
-        target: Box<Target>,
-    },
-    /// Takes a volume back from other hosts.
-    Withdraw {
-        /// The volume.
-        volume: VolumeId,
-    },
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let on = &self.backend;
-        match &self.change {
-            Change::Create { item, bytes } => write!(f, "create {item} of {bytes} bytes on {on}"),
-            Change::Clone { item, source, bytes } => {
-                write!(f, "clone {source} to {item} of {bytes} bytes on {on}")
-            }
-            Change::Copy { item, source, from, bytes } => {
-                write!(f, "copy {source} of {from} to {item} of {bytes} bytes on {on}")
-            }
-            Change::Import { item, id, bytes, .. } => {
-                write!(f, "write image {id} to {item} of {bytes} bytes on {on}")
-            }
-            Change::Revert { volume, snapshot } => {
-                write!(f, "set volume-{volume} back to {snapshot} on {on}")
-            }
-            Change::Activate { item } => write!(f, "activate {item} on {on}"),
-            Change::CallOff { item } => write!(f, "call off the work on {item} on {on}"),
-            Change::Extend { item, bytes } => write!(f, "grow {item} to {bytes} bytes on {on}"),
-            Change::Delete { item } => write!(f, "delete {item} from {on}"),
-            Change::Discard { item } => write!(f, "discard unfinished {item} on {on}"),
-            Change::Sweep { name } => write!(f, "sweep {name} from {on}"),
-            Change::Wipe { name } => write!(f, "wipe {name} on {on}"),
-            Change::Publish { target } => {
-                let to: Vec<&str> = target.admitted.keys().map(String::as_str).collect();
-                write!(f, "export {} to {}", target_name(target.volume), to.join(", "))
-            }
-            Change::Withdraw { volume } => write!(f, "withdraw {}", target_name(*volume)),
-        }
-    }
-}
 
 /// A backend as the planner sees it.
 #[derive(Clone, Debug)]
@@ -179,50 +35,6 @@ pub struct View {
     pub observed: Result<Observed, String>,
     /// How much of it may be promised.
     pub limits: Limits,
-}
-
-/// What work in the background is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WorkKind {
-    /// Makes an item from another.
-    Copy {
-        /// What it is made from.
-        source: Item,
-    },
-    /// Makes a volume from an image.
-    Import {
-        /// The image.
-        image: ImageId,
-    },
-    /// Sets a volume back.
-    Revert {
-        /// To what.
-        snapshot: Item,
-    },
-    /// Overwrites what was deleted.
-    Wipe,
-}
-
-impl WorkKind {
-    /// The item whose bytes the work reads.
-    fn source(self) -> Option<Item> {
-        match self {
-            Self::Copy { source } => Some(source),
-            Self::Revert { snapshot } => Some(snapshot),
-            Self::Import { .. } | Self::Wipe => None,
-        }
-    }
-}
-
-impl fmt::Display for WorkKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Copy { .. } => "copying",
-            Self::Import { .. } => "writing the image",
-            Self::Revert { .. } => "going back to the snapshot",
-            Self::Wipe => "wiping",
-        })
-    }
 }
 
 /// Work that runs in the background, or ran.
@@ -390,6 +202,14 @@ impl<'a> Planner<'a> {
         self.plan.steps.push(Step { object, also, needs, backend, change });
     }
 
+    /// Whether nothing of an item is being made: a copy that has just begun has a file and not yet
+    /// a record, and a volume on its way back to a snapshot is all in its leftovers for a moment.
+    fn may_sweep(&self, item: Item) -> bool {
+        let goes_back =
+            matches!(item, Item::Volume(id) if self.situation.reverts.contains_key(&id));
+        self.running(item).is_none() && !goes_back
+    }
+
     fn sweep(&mut self) {
         for (name, view) in &self.situation.backends {
             let Ok(observed) = &view.observed else { continue };
@@ -399,10 +219,10 @@ impl<'a> Planner<'a> {
                 let left = leftover.name.clone();
                 if leftover.to_wipe {
                     if !known {
-                        self.step(None, vec![], name, Change::Wipe { name: left });
+                        let wipe = Change::Begin(Task::Wipe { name: left });
+                        self.step(None, vec![], name, wipe);
                     }
-                } else if leftover.item.is_none_or(|item| self.running(item).is_none()) {
-                    // A copy that has just begun has a file and not yet a record.
+                } else if leftover.item.is_none_or(|item| self.may_sweep(item)) {
                     self.step(None, vec![], name, Change::Sweep { name: left });
                 }
             }

@@ -5,13 +5,12 @@
 //! and begun again by the next start. A volume that is set back is noted in the ledger before.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stackhand_image::{ImageCache, ImageTool, driver};
-use stackhand_model::{ImageId, ImageSpec, ObjectRef, VolumeId};
+use stackhand_model::{ObjectRef, VolumeId};
 use stackhand_runtime::ledger::Journal;
 use stackhand_runtime::wake::Wake;
 use tokio::runtime::Handle;
@@ -19,7 +18,7 @@ use tokio::sync::Semaphore;
 
 use crate::backend::{Backend, BackendError, Item, Progress};
 use crate::desired::GIB;
-use crate::plan::{WorkKind, WorkState};
+use crate::plan::{Task, WorkKind, WorkState};
 use stackhand_runtime::chain;
 
 /// How often running work has its progress looked at.
@@ -35,45 +34,6 @@ pub enum Key {
         /// The backend.
         backend: String,
         /// Its name there.
-        name: String,
-    },
-}
-
-/// Work to start.
-#[derive(Clone, Debug)]
-pub enum Task {
-    /// Makes an item from the bytes of another.
-    Copy {
-        /// The item.
-        item: Item,
-        /// What it starts from.
-        source: Item,
-        /// Where that is.
-        path: PathBuf,
-        /// Size of what is made.
-        bytes: u64,
-    },
-    /// Makes a volume from an image.
-    Import {
-        /// The volume.
-        item: Item,
-        /// Which image.
-        id: ImageId,
-        /// What it is.
-        image: Box<ImageSpec>,
-        /// Size of what is made.
-        bytes: u64,
-    },
-    /// Sets a volume back to a snapshot.
-    Revert {
-        /// The volume.
-        volume: VolumeId,
-        /// The snapshot.
-        snapshot: Item,
-    },
-    /// Overwrites a leftover and removes it.
-    Wipe {
-        /// Its name.
         name: String,
     },
 }
@@ -121,7 +81,7 @@ struct Running {
 #[derive(Clone, Debug, Default)]
 struct Gauge {
     own: Arc<Progress>,
-    image: Option<Arc<stackhand_image::Progress>>,
+    image: Option<Arc<Progress>>,
     /// The image is there and is being written.
     writing: Arc<AtomicBool>,
 }
@@ -144,24 +104,12 @@ impl Gauge {
     }
 }
 
-impl Task {
-    fn key(&self, backend: &str) -> Key {
-        match self {
-            Self::Copy { item, .. } | Self::Import { item, .. } => Key::Item(*item),
-            Self::Revert { volume, .. } => Key::Item(Item::Volume(*volume)),
-            Self::Wipe { name } => {
-                Key::Leftover { backend: backend.to_owned(), name: name.clone() }
-            }
-        }
-    }
-
-    fn kind(&self) -> WorkKind {
-        match self {
-            Self::Copy { source, .. } => WorkKind::Copy { source: *source },
-            Self::Import { id, .. } => WorkKind::Import { image: *id },
-            Self::Revert { snapshot, .. } => WorkKind::Revert { snapshot: *snapshot },
-            Self::Wipe { .. } => WorkKind::Wipe,
-        }
+/// What a task is about.
+fn key(task: &Task, backend: &str) -> Key {
+    match task {
+        Task::Copy { item, .. } | Task::Import { item, .. } => Key::Item(*item),
+        Task::Revert { volume, .. } => Key::Item(Item::Volume(*volume)),
+        Task::Wipe { name } => Key::Leftover { backend: backend.to_owned(), name: name.clone() },
     }
 }
 
@@ -230,7 +178,7 @@ impl Works {
 
     /// Starts a work. One that runs already goes on.
     pub fn start(&self, name: &str, backend: Arc<dyn Backend>, task: Task) {
-        let key = task.key(name);
+        let key = key(&task, name);
         let mut gauge = Gauge::default();
         if matches!(task, Task::Import { .. }) {
             gauge.image = Some(Arc::default());

@@ -81,12 +81,12 @@ pub enum FetchError {
     },
 }
 
-/// How far a fetch is; also the way to call it off.
+/// How far a fetch or a copy is; also the way to call it off.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes fetched.
+    /// Bytes that are dealt with, holes included.
     pub done: AtomicU64,
-    /// Bytes to fetch, 0 if not known.
+    /// Bytes in all, 0 if not known.
     pub total: AtomicU64,
     /// All bytes are there and are being converted.
     pub converting: AtomicBool,

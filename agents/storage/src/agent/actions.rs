@@ -146,13 +146,16 @@ impl StorageAgent {
         notes.iter().filter_map(|(key, _)| key.strip_prefix("fence/")?.parse().ok()).collect()
     }
 
-    /// Drops the notes of attachments that are gone.
-    pub(super) async fn forget_fences(&self, wanted: &Wanted) {
-        for id in self.fenced() {
-            if !wanted.attachments.contains_key(&id)
-                && let Err(error) = self.journal.remove(&fence_note(id)).await
-            {
-                tracing::warn!(%id, %error, "cannot forget a fence");
+    /// Drops the notes on objects that are gone: others of the same name may come.
+    pub(super) async fn forget_notes(&self, wanted: &Wanted) {
+        let fences = self.fenced();
+        let fences = fences.iter().filter(|id| !wanted.attachments.contains_key(id));
+        let reverts = self.works.reverts();
+        let reverts = reverts.keys().filter(|id| !wanted.volumes.contains_key(id));
+        let notes = fences.map(|&id| fence_note(id)).chain(reverts.map(|&id| revert_note(id)));
+        for note in notes.collect::<Vec<_>>() {
+            if let Err(error) = self.journal.remove(&note).await {
+                tracing::warn!(note, %error, "cannot forget a note");
             }
         }
     }

@@ -24,6 +24,7 @@ const LIMITS: Limits =
     Limits { overcommit_percent: 100, reserved_percent: 0, warn_percent: 80, stop_percent: 90 };
 
 mod exports;
+mod mended;
 
 /// An agent over fakes, and the documents it was given.
 struct Bench {

@@ -176,7 +176,8 @@ impl Backend for FakeBackend {
         let mut host = self.host();
         host.allow("extend", item)?;
         match host.observed.items.get_mut(&item) {
-            Some(seen) if seen.presence == Presence::Ready => {
+            Some(seen) if matches!(seen.presence, Presence::Ready | Presence::Inactive) => {
+                seen.presence = Presence::Ready;
                 seen.bytes = seen.bytes.max(bytes);
                 Ok(())
             }

@@ -43,10 +43,9 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use stackhand_image::files::{names, remove, sync_folder};
 
-use super::notes::{
-    failed, names, open_to_read, read_identity, remove, stat, sync_folder, write_identity,
-};
+use super::notes::{failed, open_to_read, read_identity, stat, write_identity};
 use super::transfer::{self, Holes};
 use super::{
     Backend, BackendError, Instant, Item, Leftover, Observed, Place, Presence, Progress, Seen,
@@ -260,7 +259,7 @@ impl FileBackend {
         self.discard(item)?;
         let partial = self.partial(item);
         let file = new_file(&partial)?;
-        let finish = || {
+        let finish = || -> Result<(), BackendError> {
             let inode = file.metadata().map_err(failed("look at", &partial))?.ino();
             record::write(&self.record(item), &Record { inode, shares_with })?;
             fill(&file, &partial)?;
@@ -281,7 +280,7 @@ impl FileBackend {
                 },
             )?;
             sync_folder(&self.folder)?;
-            sync_folder(&self.work())
+            Ok(sync_folder(&self.work())?)
         };
         let outcome = finish();
         if outcome.is_err()
@@ -456,7 +455,7 @@ impl Backend for FileBackend {
         }
         self.discard(item)?;
         remove(&self.deleted(item))?;
-        sync_folder(&self.work())
+        Ok(sync_folder(&self.work())?)
     }
 
     fn discard(&self, item: Item) -> Result<(), BackendError> {
@@ -471,7 +470,7 @@ impl Backend for FileBackend {
         if of_partial || stat(&self.path(item))?.is_none() {
             remove(&self.record(item))?;
         }
-        remove(&partial)
+        Ok(remove(&partial)?)
     }
 
     fn sweep(&self, leftover: &str) -> Result<(), BackendError> {
@@ -489,7 +488,7 @@ impl Backend for FileBackend {
             remove(&self.record(item))?;
         }
         remove(&path)?;
-        sync_folder(&self.work())
+        Ok(sync_folder(&self.work())?)
     }
 
     fn adopt(&self, item: Item) -> Result<(), BackendError> {

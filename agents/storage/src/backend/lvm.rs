@@ -9,6 +9,7 @@
 //! | the same | `stackhand`, `stackhand.new` | unfinished: removed and begun again |
 //! | the same | no `stackhand` | foreign: left alone |
 //! | `stackhand-wipe-<any>` | `stackhand` | deleted; its bytes are overwritten before its space is free |
+//! | `stackhand-revert-<item>`, `stackhand-old-<item>` | `stackhand` | a thin volume on its way back to a snapshot |
 //!
 //! (LVM keeps names that begin with `snapshot` for itself, hence the underscore, as in Cinder.)
 //!
@@ -24,25 +25,23 @@
 //! another group of the same name is not taken for it.
 
 mod command;
+mod look;
 mod report;
 mod revert;
 mod roll;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use stackhand_kernel::exec::ExecError;
 use tokio::runtime::Handle;
 
 use super::notes::{failed, open_to_read};
 use super::transfer::{self, Holes};
-use super::{
-    Backend, BackendError, Instant, Item, Leftover, Observed, Place, Presence, Progress, Seen,
-    Usage, Write, lock,
-};
+use super::{Backend, BackendError, Item, Observed, Place, Progress, Write, lock};
 pub use command::LVM;
 use command::Lvm;
 use report::{Group, Volume};
@@ -50,6 +49,9 @@ use roll::Roll;
 
 /// Tag of everything that we made.
 pub const TAG: &str = "stackhand";
+
+/// How old a look may be that something new is made by.
+const RECENT: Duration = Duration::from_secs(2);
 
 /// Tag of what is not finished.
 const UNFINISHED: &str = "stackhand.new";
@@ -106,6 +108,8 @@ pub struct LvmBackend {
     options: Options,
     lvm: Lvm,
     roll: Roll,
+    /// The last look, and when it was; nothing once something was changed.
+    last: Mutex<Option<(Instant, Group)>>,
 }
 
 impl LvmBackend {
@@ -115,7 +119,7 @@ impl LvmBackend {
     pub fn new(name: &str, state_dir: &Path, options: Options) -> Self {
         let lvm = Lvm::new(options.devices.clone(), Arc::clone(&options.turn), Handle::current());
         let roll = Roll::new(&state_dir.join("backends"), name);
-        Self { name: name.to_owned(), options, lvm, roll }
+        Self { name: name.to_owned(), options, lvm, roll, last: Mutex::default() }
     }
 
     fn is_thin(&self) -> bool {
@@ -128,6 +132,15 @@ impl LvmBackend {
 
     fn path(&self, item: Item) -> PathBuf {
         self.place().path(item)
+    }
+
+    fn device(&self, name: &str) -> PathBuf {
+        Path::new("/dev").join(&self.options.group).join(name)
+    }
+
+    fn not_ours(&self, action: &'static str, name: &str) -> BackendError {
+        let what = "it is not one of ours".into();
+        BackendError::InTheWay { action, path: self.device(name), what }
     }
 
     /// `group/volume`, as LVM's commands take it.
@@ -146,6 +159,7 @@ impl LvmBackend {
         command: &str,
         args: &[&str],
     ) -> Result<(), BackendError> {
+        self.last().take();
         self.lvm.change(command, args).map_err(|source| BackendError::Program {
             action,
             subject: self.full(subject),
@@ -185,7 +199,22 @@ impl LvmBackend {
             )),
             roll::RollError::Backend(error) => error,
         })?;
+        *self.last() = Some((Instant::now(), group.clone()));
         Ok(group)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<(Instant, Group)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The group as it was a moment ago: a look costs as much as a change. Only for what LVM
+    /// itself refuses if it is no longer so.
+    fn recent_group(&self) -> Result<Group, BackendError> {
+        let last = self.last().take();
+        match last {
+            Some((when, group)) if when.elapsed() < RECENT => Ok(group),
+            _ => self.group(),
+        }
     }
 
     /// The pool, where there is one.
@@ -204,8 +233,17 @@ impl LvmBackend {
 
     /// The item's volume, if it is there and ours.
     fn have(&self, action: &'static str, item: Item) -> Result<Option<Volume>, BackendError> {
+        self.have_in(self.group()?, action, item)
+    }
+
+    fn have_in(
+        &self,
+        group: Group,
+        action: &'static str,
+        item: Item,
+    ) -> Result<Option<Volume>, BackendError> {
         let name = name_of(item);
-        let found = self.group()?.volumes.into_iter().find(|volume| volume.name == name);
+        let found = group.volumes.into_iter().find(|volume| volume.name == name);
         match found {
             Some(volume) if !volume.tags.contains(TAG) => {
                 Err(BackendError::InTheWay { action, path: self.path(item), what: FOREIGN.into() })
@@ -247,7 +285,7 @@ impl LvmBackend {
         item: Item,
         make: impl FnOnce() -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        match self.have("make", item)? {
+        match self.have_in(self.recent_group()?, "make", item)? {
             Some(volume) if volume.tags.contains(UNFINISHED) => self.discard(item)?,
             Some(_) => return self.roll.add(item),
             None if self.roll.has(item) => {
@@ -258,6 +296,25 @@ impl LvmBackend {
         }
         make()?;
         self.roll.add(item)
+    }
+
+    /// Makes an item from another as it is now.
+    fn take_snapshot(&self, item: Item, source: Item) -> Result<(), BackendError> {
+        let original = self.must_have("copy", source)?;
+        let (name, from) = (name_of(item), self.full(&name_of(source)));
+        let mut args = vec!["-s", "-n", &name, "--addtag", TAG];
+        // Room for every byte of the volume to change; LVM cuts it down to what can be used.
+        let space = format!("{}b", original.bytes + original.bytes / 32 + (16 << 20));
+        match item {
+            Item::Snapshot(_) if !self.is_thin() => args.extend(["-L", &space]),
+            // Such a snapshot would not be activated after a reboot, and nothing would read it.
+            _ => args.extend(["-kn", "-ay"]),
+        }
+        if matches!(item, Item::Snapshot(_)) {
+            args.push("-pr");
+        }
+        args.push(&from);
+        self.change("make", &name, "lvcreate", &args)
     }
 
     /// Takes a volume of ours out of use: thin ones are gone, thick ones wait to be wiped.
@@ -279,56 +336,6 @@ impl LvmBackend {
             .open(path)
             .map_err(failed("open", path))
     }
-
-    /// What is known of one logical volume of ours, or with a name of ours.
-    fn look(volume: &Volume, origins: &BTreeSet<&str>) -> Seen {
-        let presence = if !volume.tags.contains(TAG) {
-            Presence::Foreign { what: FOREIGN.into() }
-        } else if volume.tags.contains(UNFINISHED) {
-            Presence::Partial
-        } else if volume.state == 'I' {
-            let what = "its space for changes is full, so it lost its contents: delete it";
-            Presence::Broken { what: what.into() }
-        } else if volume.health.contains("partial") {
-            let what = "a disk under its volume group is missing: connect it, see `pvs`";
-            Presence::Broken { what: what.into() }
-        } else if !volume.active {
-            Presence::Inactive
-        } else {
-            Presence::Ready
-        };
-        let allocated = match volume.kind {
-            'V' => u128::from(volume.bytes) * u128::from(volume.fill.data) / 10_000,
-            _ => u128::from(volume.bytes),
-        };
-        Seen {
-            presence,
-            bytes: volume.bytes,
-            allocated_bytes: u64::try_from(allocated).unwrap_or(volume.bytes),
-            shared: volume.kind == 'V'
-                && (volume.origin.is_some() || origins.contains(volume.name.as_str())),
-            usage: if volume.open { Usage::Written } else { Usage::Free },
-        }
-    }
-
-    fn troubles(&self, group: &Group, pool: Option<&Volume>) -> Vec<String> {
-        let name = &self.options.group;
-        let mut troubles = Vec::new();
-        if group.missing_disks > 0 {
-            troubles.push(format!(
-                "{} disks of volume group {name} are missing: connect them, see `pvs`",
-                group.missing_disks
-            ));
-        }
-        if let Some(pool) = pool.filter(|pool| !pool.health.is_empty()) {
-            troubles.push(format!(
-                "thin pool {name}/{} is not well ({}): extend it with `lvextend`, or mend it with \
-                 `lvconvert --repair` while nothing uses it",
-                pool.name, pool.health
-            ));
-        }
-        troubles
-    }
 }
 
 const FOREIGN: &str = "a logical volume that the agent did not make";
@@ -336,61 +343,7 @@ const LOST: &str = "it was there and is gone: bring it back (vgcfgrestore), or d
 
 impl Backend for LvmBackend {
     fn observe(&self) -> Result<Observed, BackendError> {
-        let group = self.group()?;
-        let pool = self.pool(&group)?;
-        let (total_bytes, free_bytes) = match pool {
-            Some(pool) => {
-                let used = u128::from(pool.bytes) * u128::from(pool.fill.data) / 10_000;
-                (pool.bytes, pool.bytes.saturating_sub(u64::try_from(used).unwrap_or(u64::MAX)))
-            }
-            None => (group.bytes, group.free_bytes),
-        };
-        let origins = group.volumes.iter().filter_map(|volume| volume.origin.as_deref()).collect();
-        let mut items = BTreeMap::new();
-        let mut leftovers = BTreeSet::new();
-        for volume in &group.volumes {
-            if let Some(item) = item_of(&volume.name) {
-                // Another backend of the same group keeps the others.
-                let mine = volume.pool.is_some() == self.is_thin();
-                if mine || !volume.tags.contains(TAG) {
-                    items.insert(item, Self::look(volume, &origins));
-                }
-            } else if !self.is_thin()
-                && volume.name.starts_with(TO_WIPE)
-                && volume.tags.contains(TAG)
-            {
-                let name = volume.name.clone();
-                leftovers.insert(Leftover { name, item: None, to_wipe: true });
-            }
-        }
-        let finished = self.roll.items()?;
-        for (&item, seen) in &items {
-            // Made by a call that was cut off before it could note it.
-            if seen.presence == Presence::Ready && !finished.contains(&item) {
-                self.roll.add(item)?;
-            }
-        }
-        for item in finished {
-            let lost = Seen {
-                presence: Presence::Lost,
-                bytes: 0,
-                allocated_bytes: 0,
-                shared: false,
-                usage: Usage::Free,
-            };
-            items.entry(item).or_insert(lost);
-        }
-        Ok(Observed {
-            total_bytes,
-            free_bytes,
-            instant: Instant { snapshots: true, clones: self.is_thin() },
-            thick: !self.is_thin(),
-            fill: pool.map(|pool| pool.fill),
-            troubles: self.troubles(&group, pool),
-            place: self.place(),
-            items,
-            leftovers,
-        })
+        self.look()
     }
 
     fn create(&self, item: Item, bytes: u64) -> Result<(), BackendError> {
@@ -398,23 +351,7 @@ impl Backend for LvmBackend {
     }
 
     fn clone_item(&self, item: Item, source: Item, bytes: u64) -> Result<(), BackendError> {
-        self.make(item, || {
-            let original = self.must_have("copy", source)?;
-            let (name, from) = (name_of(item), self.full(&name_of(source)));
-            let mut args = vec!["-s", "-n", &name, "--addtag", TAG];
-            // Room for every byte of the volume to change; LVM cuts it down to what can be used.
-            let space = format!("{}b", original.bytes + original.bytes / 32 + (16 << 20));
-            match item {
-                Item::Snapshot(_) if !self.is_thin() => args.extend(["-L", &space]),
-                // Such a snapshot would not be activated after a reboot, and nothing would read it.
-                _ => args.extend(["-kn", "-ay"]),
-            }
-            if matches!(item, Item::Snapshot(_)) {
-                args.push("-pr");
-            }
-            args.push(&from);
-            self.change("make", &name, "lvcreate", &args)
-        })?;
+        self.make(item, || self.take_snapshot(item, source))?;
         if matches!(item, Item::Volume(_)) { self.extend(item, bytes) } else { Ok(()) }
     }
 
@@ -453,14 +390,14 @@ impl Backend for LvmBackend {
         })
     }
 
-    fn revert(&self, item: Item, snapshot: Item, _progress: &Progress) -> Result<(), BackendError> {
+    fn revert(&self, item: Item, snapshot: Item, progress: &Progress) -> Result<(), BackendError> {
         if self.have("revert", item)?.is_some_and(|volume| volume.open) {
             return Err(BackendError::InUse { action: "revert", path: self.path(item) });
         }
         if self.is_thin() {
             self.revert_thin(item, snapshot)
         } else {
-            self.revert_thick(item, snapshot)
+            self.revert_thick(item, snapshot, progress)
         }
     }
 
@@ -486,12 +423,15 @@ impl Backend for LvmBackend {
             });
         }
         let (size, full) = (format!("{bytes}b"), self.full(&name));
-        if volume.kind == 'o' {
+        let is_origin = volume.kind == 'o';
+        if is_origin && volume.active {
             self.change("extend", &name, "lvchange", &["-an", &full])?;
-            self.change("extend", &name, "lvextend", &["-L", &size, &full])?;
-            return self.change("extend", &name, "lvchange", &["-ay", &full]);
         }
-        self.change("extend", &name, "lvextend", &["-L", &size, &full])
+        self.change("extend", &name, "lvextend", &["-L", &size, &full])?;
+        if is_origin || !volume.active {
+            self.activate(item)?;
+        }
+        Ok(())
     }
 
     fn delete(&self, item: Item) -> Result<(), BackendError> {
@@ -517,16 +457,22 @@ impl Backend for LvmBackend {
     }
 
     fn sweep(&self, leftover: &str) -> Result<(), BackendError> {
-        self.wipe(leftover, &Progress::default())
+        let found = self.group()?.volumes.into_iter().find(|volume| volume.name == leftover);
+        match found {
+            None => Ok(()),
+            Some(volume) if volume.tags.contains(TAG) && revert::of_revert(leftover).is_some() => {
+                self.change("sweep", leftover, "lvremove", &["-f", &self.full(leftover)])
+            }
+            Some(_) => Err(self.not_ours("sweep", leftover)),
+        }
     }
 
     fn wipe(&self, leftover: &str, progress: &Progress) -> Result<(), BackendError> {
         let found = self.group()?.volumes.into_iter().find(|volume| volume.name == leftover);
-        let path = Path::new("/dev").join(&self.options.group).join(leftover);
+        let path = self.device(leftover);
         let Some(volume) = found else { return self.roll.forget_progress(leftover) };
         if !leftover.starts_with(TO_WIPE) || !volume.tags.contains(TAG) {
-            let what = "it is not one of ours".into();
-            return Err(BackendError::InTheWay { action: "wipe", path, what });
+            return Err(self.not_ours("wipe", leftover));
         }
         let full = self.full(leftover);
         if !volume.active {
@@ -564,7 +510,6 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::backend::Fill;
 
     #[test]
     fn names_are_those_that_lvm_allows_and_are_recognised() {
@@ -576,40 +521,5 @@ mod tests {
         }
         assert_eq!(item_of(&format!("snapshot-{id}")), None);
         assert_eq!(item_of(&format!("_volume-{id}")), None);
-    }
-
-    fn volume(tags: &[&str], attributes: &str) -> Volume {
-        Volume {
-            name: "volume-1".into(),
-            bytes: 1000,
-            tags: tags.iter().map(|&tag| tag.to_owned()).collect(),
-            kind: attributes.chars().next().unwrap(),
-            state: attributes.chars().nth(4).unwrap(),
-            origin: None,
-            pool: None,
-            fill: Fill { data: 2500, metadata: 0 },
-            health: String::new(),
-            active: true,
-            open: false,
-        }
-    }
-
-    #[test]
-    fn tags_and_health_tell_what_a_volume_is() {
-        let look = |volume: Volume| LvmBackend::look(&volume, &BTreeSet::new());
-        let thin = look(volume(&[TAG], "Vwi-a-tz--"));
-        assert_eq!((thin.presence, thin.allocated_bytes), (Presence::Ready, 250));
-        assert_eq!(look(volume(&[TAG], "-wi-a-----")).allocated_bytes, 1000);
-        let foreign = look(volume(&[], "Vwi-a-tz--"));
-        assert!(matches!(foreign.presence, Presence::Foreign { .. }));
-        assert_eq!(look(volume(&[TAG, UNFINISHED], "Vwi-a-tz--")).presence, Presence::Partial);
-        let full = look(volume(&[TAG], "swi-I-s---"));
-        assert!(matches!(full.presence, Presence::Broken { .. }));
-        let mut lost = volume(&[TAG], "-wi-a---p-");
-        lost.health = "partial".into();
-        assert!(matches!(look(lost).presence, Presence::Broken { .. }));
-        let mut asleep = volume(&[TAG], "-wi-------");
-        asleep.active = false;
-        assert_eq!(look(asleep).presence, Presence::Inactive);
     }
 }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use stackhand_model::{ImageId, VolumeId, VolumeSource, VolumeSpec};
 use stackhand_runtime::agent::Outcome;
 
-use super::{Change, Planner, Standing, waits_its_turn, working};
+use super::{Change, Planner, Standing, Task, waits_its_turn, working};
 use crate::backend::{Item, Observed, Presence, Seen, Usage};
 use crate::desired::{GIB, Wish};
 
@@ -120,8 +120,17 @@ impl<'a> Planner<'a> {
                         Standing::Waits("its device is not there yet".into())
                     }
                     Presence::Inactive => {
-                        self.step(Some(object), vec![], &backend, Change::Activate { item });
-                        Standing::Ready { backend: backend.clone(), bytes: seen.bytes }
+                        let steps = self.plan.steps.len();
+                        let standing =
+                            self.grow(item, seen, wish_bytes, &backend, deleting, &mut facts);
+                        // One that grows is activated by that.
+                        if self.plan.steps.len() == steps {
+                            self.step(Some(object), vec![], &backend, Change::Activate { item });
+                        }
+                        standing
+                    }
+                    Presence::Lost if self.situation.reverts.values().any(|it| *it == item) => {
+                        Standing::Waits("its volume is set back to it".into())
                     }
                     Presence::Lost => Standing::Failed(format!(
                         "{} was there and is gone: put it back (then adopt it), or delete the object",
@@ -289,7 +298,12 @@ impl<'a> Planner<'a> {
             self.step(Some(object), needs, backend, Change::Clone { item, source, bytes });
             Standing::Ready { backend: backend.to_owned(), bytes }
         } else {
-            self.step(Some(object), needs, backend, Change::Copy { item, source, from, bytes });
+            let path = match self.situation.backends.get(&from).map(|view| &view.observed) {
+                Some(Ok(there)) => there.place.path(source),
+                _ => return Standing::Failed(format!("backend {from} is away")),
+            };
+            let task = Task::Copy { item, source, path, bytes };
+            self.step(Some(object), needs, backend, Change::Begin(task));
             facts["progress_percent"] = 0.into();
             Standing::Waits("copying has begun".into())
         }
@@ -313,7 +327,7 @@ impl<'a> Planner<'a> {
             return Standing::Failed(reason);
         }
         let image = Box::new(image.clone());
-        let change = Change::Import { item, id, image, bytes };
+        let change = Change::Begin(Task::Import { item, id, image, bytes });
         self.step(Some(item.object()), vec![], backend, change);
         facts["size_bytes"] = bytes.into();
         facts["progress_percent"] = 0.into();
@@ -329,7 +343,7 @@ impl<'a> Planner<'a> {
             (None, Some(failure)) => Standing::Failed(failure),
             (None, None) if !self.due.contains(&item.object()) => waits_its_turn(),
             (None, None) => {
-                let change = Change::Revert { volume, snapshot };
+                let change = Change::Begin(Task::Revert { volume, snapshot });
                 self.step(Some(item.object()), vec![], backend, change);
                 Standing::Waits(format!("is set back to {}", self.wanted.call(snapshot)))
             }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use stackhand_image::files::{read_json, write_json};
 
-use crate::backend::notes::{read_json, write_json};
 use crate::backend::{BackendError, Item};
 
 /// What we note about an item.
@@ -32,5 +32,5 @@ pub(super) fn read(path: &Path) -> Result<Option<Record>, BackendError> {
 
 pub(super) fn write(path: &Path, record: &Record) -> Result<(), BackendError> {
     let shares_with = record.shares_with.map(|item| item.to_string());
-    write_json(path, &RecordFile { inode: record.inode, shares_with })
+    Ok(write_json(path, &RecordFile { inode: record.inode, shares_with })?)
 }

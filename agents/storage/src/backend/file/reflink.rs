@@ -6,8 +6,9 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use stackhand_image::files::{failed, remove};
+
 use crate::backend::BackendError;
-use crate::backend::notes::{failed, remove};
 
 mod ioctl {
     nix::ioctl_write_int!(ficlone, 0x94, 9);

@@ -3,12 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::backend::notes::{
-    failed, names, read_identity, read_json, remove, sync_folder, write_identity, write_json,
-};
+use stackhand_image::files::{failed, names, read_json, remove, sync_folder, write_json};
+
+use crate::backend::notes::{read_identity, write_identity};
 use crate::backend::{BackendError, Item};
 
 #[derive(Debug)]
@@ -44,8 +43,9 @@ impl Roll {
             Some(known) if known == uuid => Ok(()),
             Some(known) => Err(RollError::Other(known)),
             None => {
-                fs::create_dir_all(&self.folder)
-                    .map_err(|source| RollError::Backend(failed("make", &self.folder)(source)))?;
+                fs::create_dir_all(&self.folder).map_err(|error| {
+                    RollError::Backend(failed("make", &self.folder)(error).into())
+                })?;
                 write_identity(&self.identity, uuid).map_err(RollError::Backend)
             }
         }
@@ -56,13 +56,7 @@ impl Roll {
     }
 
     pub(super) fn items(&self) -> Result<BTreeSet<Item>, BackendError> {
-        match names(&self.folder) {
-            Ok(names) => Ok(names.iter().filter_map(|name| Item::recognise(name)).collect()),
-            Err(BackendError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok(BTreeSet::new())
-            }
-            Err(error) => Err(error),
-        }
+        Ok(names(&self.folder)?.iter().filter_map(|name| Item::recognise(name)).collect())
     }
 
     /// Notes that an item is finished.
@@ -70,11 +64,11 @@ impl Roll {
         let path = self.folder.join(item.to_string());
         fs::create_dir_all(&self.folder).map_err(failed("make", &self.folder))?;
         File::create(&path).map_err(failed("make", &path))?;
-        sync_folder(&self.folder)
+        Ok(sync_folder(&self.folder)?)
     }
 
     pub(super) fn remove(&self, item: Item) -> Result<(), BackendError> {
-        remove(&self.folder.join(item.to_string()))
+        Ok(remove(&self.folder.join(item.to_string()))?)
     }
 
     fn wiped(&self, leftover: &str) -> PathBuf {
@@ -94,7 +88,7 @@ impl Roll {
     }
 
     pub(super) fn forget_progress(&self, leftover: &str) -> Result<(), BackendError> {
-        remove(&self.wiped(leftover))
+        Ok(remove(&self.wiped(leftover))?)
     }
 }
 
