@@ -16,6 +16,7 @@ pub(super) struct Domain {
     metadata: Metadata,
     memory: Memory,
     vcpu: u32,
+    sysinfo: Sysinfo,
     os: Os,
     features: Features,
     cpu: Cpu,
@@ -54,6 +55,33 @@ struct Memory {
     amount: u64,
 }
 
+/// What the firmware tells a guest of its machine.
+#[derive(Serialize)]
+struct Sysinfo {
+    #[serde(rename = "@type")]
+    kind: &'static str,
+    system: SysinfoSystem,
+}
+
+#[derive(Serialize)]
+struct SysinfoSystem {
+    entry: Vec<SysinfoEntry>,
+}
+
+#[derive(Serialize)]
+struct SysinfoEntry {
+    #[serde(rename = "@name")]
+    name: &'static str,
+    #[serde(rename = "$text")]
+    value: String,
+}
+
+#[derive(Serialize)]
+struct Smbios {
+    #[serde(rename = "@mode")]
+    mode: &'static str,
+}
+
 #[derive(Serialize)]
 struct Os {
     #[serde(rename = "@firmware", skip_serializing_if = "Option::is_none")]
@@ -68,6 +96,7 @@ struct Os {
     initrd: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cmdline: Option<String>,
+    smbios: Smbios,
 }
 
 #[derive(Serialize)]
@@ -300,6 +329,7 @@ impl Domain {
             },
             memory: Memory { unit: "MiB", amount: blueprint.memory_mib },
             vcpu: blueprint.vcpus,
+            sysinfo: sysinfo(blueprint),
             os: Os {
                 firmware: uefi.then_some("efi"),
                 features: uefi.then_some(FirmwareFeatures {
@@ -313,6 +343,7 @@ impl Domain {
                 kernel: kernel.map(|boot| path(&boot.kernel)),
                 initrd: kernel.and_then(|boot| boot.ramdisk.as_deref().map(path)),
                 cmdline: kernel.and_then(|boot| boot.command_line.clone()),
+                smbios: Smbios { mode: "sysinfo" },
             },
             features: Features { acpi: Empty {}, apic: Empty {} },
             cpu: Cpu {
@@ -375,6 +406,20 @@ impl Domain {
     }
 }
 
+/// The product is what guests such as cloud-init look for before they ask the metadata service.
+fn sysinfo(blueprint: &Blueprint) -> Sysinfo {
+    let id = blueprint.id.to_string();
+    let entries = [
+        ("manufacturer", "Stackhand".to_owned()),
+        ("product", "OpenStack Compute".to_owned()),
+        ("serial", id.clone()),
+        ("uuid", id),
+        ("family", "Virtual Machine".to_owned()),
+    ];
+    let entry = entries.into_iter().map(|(name, value)| SysinfoEntry { name, value }).collect();
+    Sysinfo { kind: "smbios", system: SysinfoSystem { entry } }
+}
+
 /// All disks, in the order in which a guest's kernel names them.
 fn disks(blueprint: &Blueprint) -> Vec<&Disk> {
     let mut disks: Vec<&Disk> = blueprint.disks.iter().chain(&blueprint.volumes).collect();
@@ -405,6 +450,8 @@ fn controllers(blueprint: &Blueprint) -> Vec<Controller> {
         let others = 2
             + usize::from(has_scsi)
             + usize::from(blueprint.guest_agent)
+            // On the old bus, behind a bridge.
+            + usize::from(blueprint.watchdog.is_some())
             + usize::from(blueprint.vnc);
         let spare = usize::try_from(blueprint.spare_slots).unwrap_or(0);
         // Numbered, because libvirt takes the first for the root otherwise.
