@@ -25,7 +25,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::config::{ComputeSection, VirtType};
 use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
-use crate::hypervisor::{DomainChange, HostFacts, Hypervisor, OffReason, Power};
+use crate::hypervisor::{DomainChange, HostFacts, Hypervisor, Power};
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
 use console::Consoles;
@@ -75,7 +75,7 @@ struct Memory {
     stopping: BTreeMap<InstanceId, Instant>,
     /// Devices that guests were asked to let go of, and when.
     detaching: BTreeMap<(InstanceId, String), Instant>,
-    /// Instances whose crash was told.
+    /// Instances whose crash, or stall, was told.
     crashed: BTreeSet<InstanceId>,
     /// What the host has, once it was asked.
     facts: Option<HostFacts>,
@@ -386,12 +386,11 @@ impl<H: Hypervisor> ComputeAgent<H> {
                     plugged.any(|device| device.alias == *alias)
                 })
             });
-            // Told by this pass if it was due; started by the next.
-            let crashed = Power::Off(OffReason::Crashed);
+            // Told by this pass if it was due; let go on by the next.
             let told: BTreeSet<InstanceId> = wanted
                 .instances
                 .keys()
-                .filter(|id| domains.get(&id.0).is_some_and(|domain| domain.power == crashed))
+                .filter(|id| domains.get(&id.0).is_some_and(|it| it.power.came_to_grief()))
                 .filter(|id| {
                     let before = situation.crashed.contains(id);
                     if due.contains(&id.object()) { !before } else { before }

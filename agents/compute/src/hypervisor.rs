@@ -43,6 +43,8 @@ pub enum Power {
     Running,
     /// It is in memory and does not run.
     Paused,
+    /// The same, and nobody asked for it.
+    Stalled(Stall),
     /// It is off.
     Off(OffReason),
 }
@@ -53,19 +55,35 @@ impl Power {
     pub fn is_off(self) -> bool {
         matches!(self, Self::Off(_))
     }
+
+    /// Whether it came to grief in a way that is told once and then tried again.
+    #[must_use]
+    pub fn came_to_grief(self) -> bool {
+        matches!(self, Self::Off(OffReason::Crashed) | Self::Stalled(Stall::Disk))
+    }
+}
+
+/// Why a domain stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stall {
+    /// A disk could not take what the guest wrote.
+    Disk,
+    /// Its guest did not feed the watchdog.
+    Watchdog,
 }
 
 /// Why a domain is off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OffReason {
-    /// Nobody knows: it was never started, or the host was down.
+    /// Nobody knows: it was never started, could not be started, or the host was down.
     Unknown,
     /// The guest shut itself down, asked to or by its own will.
     Shutdown,
     /// Somebody pulled the plug.
     Destroyed,
-    /// It crashed or could not start.
+    /// It crashed.
     Crashed,
 }
 

@@ -29,7 +29,7 @@ use virt::sys;
 use crate::domain::{Engine, read};
 use crate::hypervisor::{
     DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power, Screenshot,
-    Usage,
+    Stall, Usage,
 };
 use events::Listener;
 
@@ -382,7 +382,7 @@ fn look(domain: &Domain) -> Result<DomainSeen, Error> {
     let next = described(sys::VIR_DOMAIN_XML_INACTIVE)?;
     let running = match power {
         Power::Off(_) => None,
-        Power::Running | Power::Paused => Some(described(0)?),
+        Power::Running | Power::Paused | Power::Stalled(_) => Some(described(0)?),
     };
     Ok(DomainSeen {
         uuid: domain.get_uuid()?,
@@ -402,10 +402,16 @@ fn power((state, reason): (sys::virDomainState, i32)) -> Power {
         sys::VIR_DOMAIN_SHUTOFF => Power::Off(match u32::try_from(reason).unwrap_or(0) {
             sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN => OffReason::Shutdown,
             sys::VIR_DOMAIN_SHUTOFF_DESTROYED => OffReason::Destroyed,
-            sys::VIR_DOMAIN_SHUTOFF_CRASHED | sys::VIR_DOMAIN_SHUTOFF_FAILED => OffReason::Crashed,
+            sys::VIR_DOMAIN_SHUTOFF_CRASHED => OffReason::Crashed,
+            // One that could not start is tried again, and says why each time.
             _ => OffReason::Unknown,
         }),
-        sys::VIR_DOMAIN_PAUSED | sys::VIR_DOMAIN_CRASHED => Power::Paused,
+        sys::VIR_DOMAIN_PAUSED => match u32::try_from(reason).unwrap_or(0) {
+            sys::VIR_DOMAIN_PAUSED_IOERROR => Power::Stalled(Stall::Disk),
+            sys::VIR_DOMAIN_PAUSED_WATCHDOG => Power::Stalled(Stall::Watchdog),
+            _ => Power::Paused,
+        },
+        sys::VIR_DOMAIN_CRASHED => Power::Paused,
         _ => Power::Running,
     }
 }
@@ -430,7 +436,11 @@ mod tests {
         assert_eq!(power((sys::VIR_DOMAIN_BLOCKED, 0)), Power::Running);
         assert_eq!(power((sys::VIR_DOMAIN_SHUTDOWN, 1)), Power::Running, "on its way down");
         assert_eq!(power((sys::VIR_DOMAIN_PAUSED, 1)), Power::Paused);
+        assert_eq!(power((sys::VIR_DOMAIN_PAUSED, 5)), Power::Stalled(Stall::Disk));
+        assert_eq!(power((sys::VIR_DOMAIN_PAUSED, 6)), Power::Stalled(Stall::Watchdog));
         assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 1)), Power::Off(OffReason::Shutdown));
         assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 0)), Power::Off(OffReason::Unknown));
+        assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 3)), Power::Off(OffReason::Crashed));
+        assert_eq!(power((sys::VIR_DOMAIN_SHUTOFF, 6)), Power::Off(OffReason::Unknown));
     }
 }

@@ -30,6 +30,7 @@ use crate::desired::Wanted;
 use crate::domain::Engine;
 use crate::hypervisor::{DomainChange, DomainSeen};
 use crate::store::{Part, Record, StoreSeen};
+pub(crate) use blueprint::root_target;
 pub use claims::Capacity;
 use claims::Claims;
 pub(crate) use instance::is_ours;
@@ -145,7 +146,7 @@ pub struct Situation {
     pub volumes: BTreeSet<PathBuf>,
     /// Guests that were asked to shut down, and whether their time is up.
     pub stopping: BTreeMap<InstanceId, bool>,
-    /// Instances whose crash was told; the next attempt starts them.
+    /// Instances whose grief was told; the next attempt lets them go on.
     pub crashed: BTreeSet<InstanceId>,
     /// Devices that guests were asked to let go of, and whether it is time to ask again.
     pub detaching: BTreeMap<(InstanceId, String), bool>,

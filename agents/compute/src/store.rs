@@ -82,7 +82,8 @@ pub enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Root, Self::Ephemeral, Self::Swap, Self::ConfigDrive];
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Root, Self::Ephemeral, Self::Swap, Self::ConfigDrive];
 
     /// Name of its file.
     #[must_use]

@@ -133,7 +133,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
     ) -> Result<Value, Refusal> {
         let good = move |domain: &DomainSeen| match state {
             PowerState::Running => domain.power == Power::Running,
-            PowerState::Paused => domain.power == Power::Paused,
+            PowerState::Paused => matches!(domain.power, Power::Paused | Power::Stalled(_)),
             PowerState::Shutoff => domain.power.is_off() && !domain.saved,
             PowerState::Suspended => domain.power.is_off() && domain.saved,
         };
@@ -155,6 +155,11 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 }
             })
             .await?;
+            if state == PowerState::Running && matches!(domain.power, Power::Stalled(_)) {
+                // The pass leaves one that its watchdog stopped to those who look into it.
+                let resumed = self.hypervisor.perform(id, DomainChange::Resume).await;
+                resumed.map_err(unavailable)?;
+            }
         }
         self.wake.object_changed(id.object());
         let shutdown = Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds));

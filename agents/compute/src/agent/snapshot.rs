@@ -15,6 +15,7 @@ use stackhand_runtime::agent::{Action, Refusal};
 use super::ComputeAgent;
 use super::actions::unavailable;
 use crate::hypervisor::{Hypervisor, Screenshot};
+use crate::plan::root_target;
 use crate::store::Part;
 
 /// How long an action waits for a copy; it goes on after that.
@@ -62,6 +63,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
             tool: self.tool.clone(),
             id,
             runs,
+            device: root_target(spec),
             disk: self.store.part(id, Part::Root),
             format,
             copy: self.store.copy(id),
@@ -114,6 +116,8 @@ struct Copying<H> {
     tool: ImageTool,
     id: InstanceId,
     runs: bool,
+    /// The root disk's device in the guest.
+    device: String,
     disk: PathBuf,
     format: FileFormat,
     copy: PathBuf,
@@ -142,7 +146,7 @@ impl<H: Hypervisor> Copying<H> {
             let size = size.map_err(|error| broken(&error))?;
             let made = self.tool.make_empty(&self.copy, size).await;
             made.map_err(|error| broken(&error))?;
-            let copied = self.hypervisor.copy_disk(self.id, "vda", &self.copy).await;
+            let copied = self.hypervisor.copy_disk(self.id, &self.device, &self.copy).await;
             copied.map_err(unavailable)?;
         } else {
             let (disk, copy) = (&self.disk, &self.copy);

@@ -115,17 +115,22 @@ impl Host {
                 domain.saved = false;
             }
             (DomainChange::Pause, Power::Running) => domain.power = Power::Paused,
-            (DomainChange::Resume, Power::Paused) => domain.power = Power::Running,
+            (DomainChange::Resume, Power::Paused | Power::Stalled(_)) => {
+                domain.power = Power::Running
+            }
             (DomainChange::Shutdown, Power::Running) if !deaf => off(domain, OffReason::Shutdown),
-            (DomainChange::Destroy, Power::Running | Power::Paused) => {
+            (DomainChange::Destroy, Power::Running | Power::Paused | Power::Stalled(_)) => {
                 off(domain, OffReason::Destroyed);
             }
-            (DomainChange::Save, Power::Running | Power::Paused) => {
+            (DomainChange::Save, Power::Running | Power::Paused | Power::Stalled(_)) => {
                 off(domain, OffReason::Unknown);
                 domain.saved = true;
             }
             (DomainChange::Discard, _) => domain.saved = false,
-            (DomainChange::Attach { xml, .. }, Power::Running | Power::Paused) => {
+            (
+                DomainChange::Attach { xml, .. },
+                Power::Running | Power::Paused | Power::Stalled(_),
+            ) => {
                 let new = with_aliases(read_device(xml).map_err(|error| error.to_string())?);
                 if new.volumes.keys().any(|volume| domain.devices.volumes.contains_key(volume))
                     || new.nics.keys().any(|tap| domain.devices.nics.contains_key(tap))
@@ -171,7 +176,7 @@ impl FakeHypervisor {
         let host = self.host();
         host.reach()?;
         match host.domains.get(&id.0).map(|domain| domain.power) {
-            Some(Power::Running | Power::Paused) => Ok(()),
+            Some(power) if !power.is_off() => Ok(()),
             _ => Err(HypervisorError::Refused {
                 action: action.into(),
                 reason: "domain is not running".into(),

@@ -46,7 +46,9 @@ pub(super) fn perform(
             domain.create_with_flags(flags).map(drop)
         }
         DomainChange::Pause if power == Power::Running => domain.suspend().map(drop),
-        DomainChange::Resume if power == Power::Paused => domain.resume().map(drop),
+        DomainChange::Resume if matches!(power, Power::Paused | Power::Stalled(_)) => {
+            domain.resume().map(drop)
+        }
         DomainChange::Shutdown if !off => domain.shutdown().map(drop),
         DomainChange::Destroy if !off => domain.destroy(),
         DomainChange::Save if !off => domain.managed_save(sys::VIR_DOMAIN_SAVE_RUNNING).map(drop),

@@ -47,8 +47,8 @@ pub(super) fn blueprint(
     for volume in &spec.volumes {
         if let Connection::Iscsi { client: IscsiClient::Host, .. } = volume.connection {
             return Err(Stop::Fails(format!(
-                "volume {} is for the host's own initiator: attach it with client qemu, or give its \
-                 block device",
+                "volume {} is for the host's own initiator: attach it with client qemu, or log in \
+                 with `storage-agent attach` and give its block device",
                 volume.volume
             )));
         }
@@ -114,6 +114,11 @@ pub(super) fn blueprint(
 /// Whether the root disk starts empty.
 pub(super) fn has_blank_root(spec: &InstanceSpec) -> bool {
     spec.image.is_none() && spec.root_disk_gib > 0
+}
+
+/// The device that an instance's own root disk has in the guest.
+pub(crate) fn root_target(spec: &InstanceSpec) -> String {
+    Targets::new(spec, &BTreeMap::new(), &BTreeMap::new()).root
 }
 
 /// Devices in the guest. Those of the instance's own disks follow from the document alone, so that
@@ -203,7 +208,32 @@ fn device_name(index: u32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+    use stackhand_model::{Document, Spec};
+
     use super::*;
+
+    #[test]
+    fn the_root_disk_gives_way_to_a_volume_that_asks_for_its_device() {
+        let root = |volumes: serde_json::Value| {
+            let spec = json!({
+                "host": "h", "vcpus": 1, "memory_mib": 64, "root_disk_gib": 1,
+                "kernel": uuid::Uuid::nil(), "volumes": volumes,
+            });
+            let id = uuid::Uuid::nil();
+            let document = json!({"kind": "Instance", "id": id, "name": "i", "spec": spec});
+            match Document::from_value(&document).unwrap().spec {
+                Spec::Instance(spec) => root_target(&spec),
+                _ => unreachable!(),
+            }
+        };
+        let connection = json!({"type": "file", "path": "/v", "format": "raw"});
+        let volume = json!({"volume": uuid::Uuid::from_u128(7), "connection": connection});
+        assert_eq!(root(json!([volume])), "vda");
+        let mut first = volume;
+        first["device"] = "vda".into();
+        assert_eq!(root(json!([first])), "vdb");
+    }
 
     #[test]
     fn devices_are_named_as_the_kernel_names_them() {

@@ -11,8 +11,8 @@ use super::claims::Claims;
 use super::live::{Plug, keep_password};
 use super::{Situation, Step, Stop, pending, progress, ready};
 use crate::desired::{Wanted, Wish};
-use crate::domain::{Devices, domain_name};
-use crate::hypervisor::{DomainChange, DomainSeen, OffReason, Power};
+use crate::domain::{Blueprint, Devices, DiskSource, domain_name};
+use crate::hypervisor::{DomainChange, DomainSeen, OffReason, Power, Stall};
 use crate::store::{Base, Part, Pinned, PowerOverride, Record};
 
 const GIB: u64 = 1 << 30;
@@ -222,10 +222,13 @@ fn make(
     steps.extend(gone.into_iter().map(released));
 
     let change = match (want, power) {
-        (PowerState::Running, Power::Running) | (PowerState::Paused, Power::Paused) => None,
+        (PowerState::Running, Power::Running)
+        | (PowerState::Paused, Power::Paused | Power::Stalled(_)) => None,
         (PowerState::Shutoff, Power::Off(_)) => saved.then_some(DomainChange::Discard),
         (PowerState::Suspended, Power::Off(_)) => None,
-        (PowerState::Suspended, Power::Running | Power::Paused) => Some(DomainChange::Save),
+        (PowerState::Suspended, Power::Running | Power::Paused | Power::Stalled(_)) => {
+            Some(DomainChange::Save)
+        }
         (PowerState::Running | PowerState::Paused, Power::Off(reason)) => {
             if reason == OffReason::Crashed && !situation.crashed.contains(&id) {
                 return Err(Stop::Fails("the guest crashed; it will be started again".into()));
@@ -240,9 +243,23 @@ fn make(
             Some(DomainChange::Start { paused: want == PowerState::Paused })
         }
         (PowerState::Running, Power::Paused) => Some(DomainChange::Resume),
+        (PowerState::Running, Power::Stalled(Stall::Disk)) => {
+            if !situation.crashed.contains(&id) {
+                let reason = "it stands still since a disk took no more of what it wrote: make room \
+                              on the host; it is tried again";
+                return Err(Stop::Fails(reason.into()));
+            }
+            Some(DomainChange::Resume)
+        }
+        // Whoever asked for this wants to look at it.
+        (PowerState::Running, Power::Stalled(Stall::Watchdog)) => {
+            let reason = "it stands still since it did not feed its watchdog: unpause it, or reboot \
+                          it hard";
+            return Err(Stop::Fails(reason.into()));
+        }
         (PowerState::Paused, Power::Running) => Some(DomainChange::Pause),
         // A guest that stands still cannot shut itself down.
-        (PowerState::Shutoff, Power::Paused) => Some(DomainChange::Destroy),
+        (PowerState::Shutoff, Power::Paused | Power::Stalled(_)) => Some(DomainChange::Destroy),
         (PowerState::Shutoff, Power::Running) => match situation.stopping.get(&id) {
             None => {
                 steps.push(Step::Domain(DomainChange::Shutdown));
@@ -270,6 +287,7 @@ fn make(
         Some(domain) => facts(domain, Some(want.as_str())),
         None => json!({"power_state": want.as_str(), "domain": domain_name(id)}),
     };
+    observed["disks"] = json!(disks(&blueprint));
     if record.power.is_some_and(|power| power.by_guest) {
         observed["power_reason"] =
             "the guest shut itself down; start it with the action start".into();
@@ -285,10 +303,26 @@ fn make(
     Ok(Outcome::Active { observed })
 }
 
+/// What the disks are that come and go with the instance, by the devices they have in the guest.
+fn disks(blueprint: &Blueprint) -> BTreeMap<&str, &'static str> {
+    let what = |source: &DiskSource| match source {
+        DiskSource::Overlay { .. } => Some(Part::Root.name()),
+        DiskSource::File(path) => {
+            let is = |part: &&Part| path.ends_with(part.file());
+            Part::ALL.iter().find(is).map(|part| part.name())
+        }
+        DiskSource::Cd(_) => Some("CD"),
+        DiskSource::VirtioCd(_) => Some(Part::ConfigDrive.name()),
+        DiskSource::Volume(_) => None,
+    };
+    let disks = blueprint.disks.iter();
+    disks.filter_map(|disk| Some((disk.target.as_str(), what(&disk.source)?))).collect()
+}
+
 fn facts(domain: &DomainSeen, power_state: Option<&str>) -> Value {
     let seen = match domain.power {
         Power::Running => "running",
-        Power::Paused => "paused",
+        Power::Paused | Power::Stalled(_) => "paused",
         Power::Off(_) => "shutoff",
     };
     let mut facts = json!({

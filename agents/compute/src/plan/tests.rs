@@ -7,7 +7,7 @@ use stackhand_runtime::agent::{Desired, Held};
 
 use super::*;
 use crate::hypervisor::fake::Host;
-use crate::hypervisor::{OffReason, Power};
+use crate::hypervisor::{OffReason, Power, Stall};
 use crate::store::FolderSeen;
 use stackhand_image::CachedImage;
 
@@ -291,6 +291,29 @@ fn a_crashed_guest_is_told_before_it_is_started_again() {
     world.situation.crashed.insert(InstanceId(id));
     world.pass();
     assert_eq!(world.power(instance_id(1)), Power::Running);
+}
+
+#[test]
+fn a_guest_that_stands_still_goes_on_when_there_is_room_and_is_left_to_who_set_a_watchdog() {
+    let mut world = running();
+    let id = Uuid::from_u128(instance_id(1));
+    world.host.domains.get_mut(&id).unwrap().power = Power::Stalled(Stall::Disk);
+    let plan = world.pass();
+    assert!(reason(&plan, only(1)).contains("make room on the host"));
+    world.situation.crashed.insert(InstanceId(id));
+    world.pass();
+    assert_eq!(world.power(instance_id(1)), Power::Running);
+
+    let watchdog = Power::Stalled(Stall::Watchdog);
+    world.host.domains.get_mut(&id).unwrap().power = watchdog;
+    for _ in 0..2 {
+        let plan = world.pass();
+        assert!(reason(&plan, only(1)).contains("reboot it hard"));
+        assert_eq!(world.power(instance_id(1)), watchdog);
+    }
+    world.want(instance(1, 2, &json!({"power_state": "shutoff"})), false);
+    world.settle();
+    assert!(world.power(instance_id(1)).is_off());
 }
 
 #[test]
