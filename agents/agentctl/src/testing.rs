@@ -16,6 +16,7 @@ use stackhand_runtime::api::{
     Applied, Change, Changed, Condition, Control, Deleted, EXCHANGE, Entry, Pong, Refused, Settled,
     Waiting,
 };
+use stackhand_runtime::events::{Event, Since};
 use stackhand_runtime::report::{self, Report};
 use uuid::Uuid;
 
@@ -282,6 +283,21 @@ impl FakeAgent {
                     .map(|(_, entry)| entry)
                     .collect();
                 encode(serde_json::to_value(entries))
+            }
+            "events" => {
+                let events = state.entries.keys().zip(1..).map(|(object, sequence)| Event {
+                    sequence,
+                    time: Timestamp::now(),
+                    host: self.host.clone(),
+                    agent: self.kind.to_string(),
+                    object: Some(object.to_string()),
+                    kind: "Applied".into(),
+                    message: "is active".into(),
+                    request_id: None,
+                });
+                let events: Vec<Event> = events.collect();
+                let last = events.last().map_or(0, |event| event.sequence);
+                encode(serde_json::to_value(Since { events, missed: 0, last }))
             }
             "act" => {
                 let object: ObjectRef = serde_json::from_value(args["ref"].clone()).unwrap();

@@ -1,15 +1,18 @@
 //! `agentctl get` and `agentctl describe`.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
+use serde::Serialize;
 use stackhand_model::{Kind, State};
+use stackhand_runtime::events::Event;
 
 use super::Session;
 use crate::console::Output;
 use crate::exit::Exit;
-use crate::fleet::{Filter, Member};
+use crate::fleet::{Filter, Member, ask_all};
 use crate::objects::{self, Gathered, ObjectRow};
 
 /// List the objects that agents hold, with their states.
@@ -32,7 +35,10 @@ pub(crate) struct Get {
     filter: Filter,
 }
 
-/// Show one object: document, state and facts seen on the host.
+/// How many of an object's latest events are shown.
+const LATEST_EVENTS: usize = 10;
+
+/// Show one object: document, state, facts seen on the host, and its latest events.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl describe port web
@@ -79,7 +85,6 @@ pub(crate) async fn describe(args: &Describe, session: &mut Session) -> Result<E
     let fleet = session.fleet().await?;
     let all =
         objects::gather(&fleet, &args.filter, |member| interest(Some(args.kind), member)).await?;
-    fleet.close().await;
     let rows = objects::rows(&all.held);
     let row = objects::find(&rows, args.kind, &args.name, fleet.cloud());
     if row.is_err() {
@@ -87,8 +92,39 @@ pub(crate) async fn describe(args: &Describe, session: &mut Session) -> Result<E
         tell_silent(&all, session);
     }
     let row = row?.clone();
-    session.console.print_tree(&row)?;
+    let events = latest_events(&row, &all).await;
+    fleet.close().await;
+    session.console.print_tree(&Described { row: &row, events })?;
     Ok(verdict(&[row], &all, session))
+}
+
+/// One object in full.
+#[derive(Debug, Serialize)]
+struct Described<'a> {
+    #[serde(flatten)]
+    row: &'a ObjectRow,
+    events: Vec<Event>,
+}
+
+/// What happened to an object lately, as its holders remember it; those that do not say, do not.
+async fn latest_events(row: &ObjectRow, all: &Gathered) -> Vec<Event> {
+    let holds = |member: &&Member| {
+        member.row.agent == row.kind.agent()
+            && row.held_by.iter().any(|it| it.host == member.row.host)
+    };
+    let holders: Vec<Member> = all.members.iter().filter(holds).cloned().collect();
+    let ask = |member: Member| async move {
+        member.client.events(0, usize::from(u16::MAX), Duration::ZERO).await
+    };
+    let object = row.document.object().to_string();
+    let answers = ask_all(&holders, ask).await.into_iter();
+    let mut events: Vec<Event> = answers
+        .filter_map(|(_, answer)| answer.ok())
+        .flat_map(|answer| answer.events)
+        .filter(|event| event.object.as_deref() == Some(&object))
+        .collect();
+    events.sort_by(|a, b| (a.time, &a.host, a.sequence).cmp(&(b.time, &b.host, b.sequence)));
+    events.split_off(events.len().saturating_sub(LATEST_EVENTS))
 }
 
 /// What to ask an agent for: all it holds, if the kind is one of its own.

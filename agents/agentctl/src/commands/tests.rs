@@ -202,13 +202,19 @@ async fn get_lists_objects_by_kind_and_describe_shows_one() {
     let cells: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
     assert_eq!((cells[0], cells[2], cells[4], cells[6]), ("web", "int1", "192.168.0.2", "active"));
     let wide = cloud.run(&["get", "instances", "-o", "wide"]).await;
-    assert!(wide.out.contains("tiny   web    data"), "{}", wide.out);
+    let shown: Vec<&str> = wide.out.lines().nth(1).unwrap().split_whitespace().collect();
+    for cell in ["tiny", "web", "192.168.0.2", "data"] {
+        assert!(shown.contains(&cell), "{cell} in {}", wide.out);
+    }
     let all = cloud.run(&["get"]).await;
     assert_eq!(all.out.lines().count(), 7, "{}", all.out);
     let one = cloud.run(&["describe", "instance", "demo", "-o", "json"]).await;
     let one: serde_json::Value = serde_json::from_str(&one.out).unwrap();
     assert_eq!(one["document"]["spec"]["vcpus"], 1);
     assert_eq!(one["held_by"][0]["host"], "node1");
+    let events = one["events"].as_array().unwrap();
+    let object = format!("Instance/{}", one["id"].as_str().unwrap());
+    assert!(!events.is_empty() && events.iter().all(|event| event["object"] == object), "{one:#}");
     let missing = cloud.run(&["get", "instance", "demi"]).await;
     assert_eq!(missing.exit, Exit::Failure);
     assert!(missing.err.contains("did you mean \"demo\"?"), "{}", missing.err);

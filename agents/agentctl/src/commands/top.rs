@@ -19,7 +19,8 @@ use crate::table::Cell;
 
 /// Show what hosts and instances use, again and again.
 ///
-/// CPU is in percent of one processor, over the time since the last round.
+/// CPU is in percent of one processor, over the time since the last round. The line of a host is
+/// the sum of its instances.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl top
@@ -36,19 +37,35 @@ pub(crate) struct Top {
     once: bool,
 }
 
-/// One line.
-#[derive(Debug, PartialEq, Serialize)]
+/// One line: an instance, or a host with the sum of its instances.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 struct Line {
     host: String,
-    instance: String,
+    /// None: the host itself.
+    instance: Option<String>,
     cpu_percent: f64,
     memory_mib: u64,
     disk_bytes_per_second: u64,
     network_bytes_per_second: u64,
+    /// What the host has; of a host alone.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    size: Option<Size>,
 }
 
-/// What was counted of each instance, and when.
-type Counts = BTreeMap<(String, Uuid), Value>;
+/// What a host has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+struct Size {
+    host_instances: usize,
+    host_cpus: u64,
+    host_memory_mib: u64,
+}
+
+/// What was counted of each instance, and what each host has.
+#[derive(Clone, Debug, Default)]
+struct Counts {
+    instances: BTreeMap<(String, Uuid), Value>,
+    hosts: BTreeMap<String, Size>,
+}
 
 pub(crate) async fn run(args: &Top, session: &mut Session) -> Result<Exit> {
     let filter = Filter { agent: Some(AgentKind::Compute), ..args.filter.clone() };
@@ -72,11 +89,20 @@ pub(crate) async fn run(args: &Top, session: &mut Session) -> Result<Exit> {
         session.console.print(&lines, |table| {
             table.headers(&["HOST", "INSTANCE", "CPU%", "MIB", "DISK/S", "NET/S"]);
             for line in &lines {
+                let (cpu, mib) = (format!("{:.1}", line.cpu_percent), line.memory_mib.to_string());
+                let (instance, cpu, mib) = match (&line.instance, line.size) {
+                    (None, Some(size)) => (
+                        format!("({} instances)", size.host_instances),
+                        format!("{cpu} of {}", size.host_cpus * 100),
+                        format!("{mib} of {}", size.host_memory_mib),
+                    ),
+                    (instance, _) => (instance.clone().unwrap_or_default(), cpu, mib),
+                };
                 table.row([
                     Cell::from(line.host.as_str()),
-                    line.instance.as_str().into(),
-                    format!("{:.1}", line.cpu_percent).into(),
-                    line.memory_mib.to_string().into(),
+                    instance.into(),
+                    cpu.into(),
+                    mib.into(),
                     short(line.disk_bytes_per_second).into(),
                     short(line.network_bytes_per_second).into(),
                 ]);
@@ -92,14 +118,24 @@ pub(crate) async fn run(args: &Top, session: &mut Session) -> Result<Exit> {
 /// Asks every compute agent what its instances have used.
 async fn count(fleet: &Fleet, filter: &Filter, session: &mut Session) -> Result<Counts> {
     let (living, _) = fleet.living(filter).await?;
-    let mut counts = Counts::new();
+    let mut counts = Counts::default();
     for (member, answer) in ask_all(&living, |it| async move { it.client.facts().await }).await {
         match answer {
             Ok(facts) => {
+                let host = &member.row.host;
                 let usage = facts["usage"].as_object().into_iter().flatten();
-                counts.extend(usage.filter_map(|(id, usage)| {
-                    Some(((member.row.host.clone(), id.parse().ok()?), usage.clone()))
-                }));
+                let usage: Vec<_> = usage
+                    .filter_map(|(id, usage)| {
+                        Some(((host.clone(), id.parse().ok()?), usage.clone()))
+                    })
+                    .collect();
+                let size = Size {
+                    host_instances: usage.len(),
+                    host_cpus: facts["cpus"].as_u64().unwrap_or(0),
+                    host_memory_mib: facts["memory_mib"].as_u64().unwrap_or(0),
+                };
+                counts.hosts.insert(host.clone(), size);
+                counts.instances.extend(usage);
             }
             Err(error) => {
                 let line = format!("agentctl: {}: {}", member.label(), chain(&error.into()));
@@ -110,7 +146,7 @@ async fn count(fleet: &Fleet, filter: &Filter, session: &mut Session) -> Result<
     Ok(counts)
 }
 
-/// What was used between two counts, the busiest first.
+/// What was used between two counts: hosts by name, each with its instances, the busiest first.
 fn lines(
     before: &Counts,
     now: &Counts,
@@ -119,9 +155,10 @@ fn lines(
 ) -> Vec<Line> {
     let seconds = between.as_secs_f64().max(0.001);
     let mut lines: Vec<Line> = now
+        .instances
         .iter()
         .map(|((host, id), usage)| {
-            let earlier = before.get(&(host.clone(), *id)).unwrap_or(usage);
+            let earlier = before.instances.get(&(host.clone(), *id)).unwrap_or(usage);
             // One that was started anew counts from zero.
             let grown = |keys: &[&str]| {
                 let sum = |of: &Value| -> u64 {
@@ -133,7 +170,7 @@ fn lines(
             let object = ObjectRef { kind: Kind::Instance, id: *id };
             Line {
                 host: host.clone(),
-                instance: names.get(&object).cloned().unwrap_or_else(|| id.to_string()),
+                instance: Some(names.get(&object).cloned().unwrap_or_else(|| id.to_string())),
                 cpu_percent: as_f64(grown(&["cpu_nanoseconds"])) / 1e7 / seconds,
                 memory_mib: usage["memory_resident_kib"].as_u64().unwrap_or(0) / 1024,
                 disk_bytes_per_second: as_u64(rate(&["disk_read_bytes", "disk_write_bytes"])),
@@ -141,11 +178,26 @@ fn lines(
                     "network_receive_bytes",
                     "network_transmit_bytes",
                 ])),
+                size: None,
             }
         })
         .collect();
+    let sums = now.hosts.iter().map(|(host, size)| {
+        let line = Line { host: host.clone(), size: Some(*size), ..Line::default() };
+        lines.iter().filter(|it| it.host == *host).fold(line, |mut sum, it| {
+            sum.cpu_percent += it.cpu_percent;
+            sum.memory_mib += it.memory_mib;
+            sum.disk_bytes_per_second += it.disk_bytes_per_second;
+            sum.network_bytes_per_second += it.network_bytes_per_second;
+            sum
+        })
+    });
+    let sums: Vec<Line> = sums.collect();
+    lines.extend(sums);
     lines.sort_by(|a, b| {
-        b.cpu_percent.total_cmp(&a.cpu_percent).then_with(|| a.instance.cmp(&b.instance))
+        let by_host = a.host.cmp(&b.host).then_with(|| a.size.is_none().cmp(&b.size.is_none()));
+        let by_use = || b.cpu_percent.total_cmp(&a.cpu_percent);
+        by_host.then_with(by_use).then_with(|| a.instance.cmp(&b.instance))
     });
     lines
 }
@@ -182,15 +234,21 @@ mod tests {
     fn rates_are_what_grew_and_a_restart_is_no_rate() {
         let key = |id: u128| ("node1".to_owned(), Uuid::from_u128(id));
         let usage = |cpu: u64, disk: u64| json!({"cpu_nanoseconds": cpu, "disk_read_bytes": disk, "memory_resident_kib": 2048});
-        let before: Counts = [(key(1), usage(0, 0)), (key(2), usage(9_000_000_000, 5))].into();
-        let now: Counts =
+        let size = Size { host_instances: 3, host_cpus: 4, host_memory_mib: 512 };
+        let counts = |instances| Counts { instances, hosts: [("node1".to_owned(), size)].into() };
+        let before = counts([(key(1), usage(0, 0)), (key(2), usage(9_000_000_000, 5))].into());
+        let now = counts(
             [(key(1), usage(1_000_000_000, 4096)), (key(2), usage(1, 0)), (key(3), usage(7, 7))]
-                .into();
+                .into(),
+        );
         let lines = lines(&before, &now, Duration::from_secs(2), &BTreeMap::new());
-        assert_eq!(lines.len(), 3);
-        assert!((lines[0].cpu_percent - 50.0).abs() < 0.1, "{lines:?}");
-        assert_eq!((lines[0].disk_bytes_per_second, lines[0].memory_mib), (2048, 2));
-        assert!(lines[1..].iter().all(|line| line.cpu_percent == 0.0), "{lines:?}");
+        assert_eq!(lines.len(), 4);
+        // The host first, with the sum.
+        assert_eq!((lines[0].size, &lines[0].instance), (Some(size), &None));
+        assert_eq!((lines[0].disk_bytes_per_second, lines[0].memory_mib), (2048, 6));
+        assert!((lines[1].cpu_percent - 50.0).abs() < 0.1, "{lines:?}");
+        assert_eq!((lines[1].disk_bytes_per_second, lines[1].memory_mib), (2048, 2));
+        assert!(lines[2..].iter().all(|line| line.cpu_percent == 0.0), "{lines:?}");
         assert_eq!([0, 1023, 1536, 5 << 30].map(short), ["0", "1023", "1.5K", "5.0G"]);
     }
 }

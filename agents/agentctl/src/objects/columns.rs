@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
 use stackhand_model::{Kind, ObjectRef, Spec, VolumeSource};
 
 use super::{ObjectRow, spec};
@@ -16,11 +17,22 @@ pub(super) fn headers(kind: Kind) -> &'static [&'static str] {
         Kind::Port => &["NETWORK", "MAC", "ADDRESSES", "HOST", "+OWNER", "+GROUPS"],
         Kind::Router => &["HOST", "GATEWAY", "+INTERFACES", "+ROUTES"],
         Kind::FloatingIp => &["ADDRESS", "PORT", "ROUTER", "+FORWARDINGS"],
-        Kind::Image => &["FORMAT", "+SOURCE"],
+        Kind::Image => &["FORMAT", "GIB", "+CONTENTS", "+SOURCE"],
         Kind::Volume => &["HOST", "GIB", "SOURCE", "+BACKEND"],
         Kind::Snapshot => &["VOLUME"],
         Kind::Attachment => &["VOLUME", "CONNECTOR", "+READONLY"],
-        Kind::Instance => &["HOST", "POWER", "VCPUS", "MIB", "+IMAGE", "+PORTS", "+VOLUMES"],
+        Kind::Instance => &[
+            "HOST",
+            "POWER",
+            "VCPUS",
+            "MIB",
+            "+IMAGE",
+            "+PORTS",
+            "+ADDRESSES",
+            "+DISKS",
+            "+VOLUMES",
+            "+VNC",
+        ],
     }
 }
 
@@ -36,6 +48,7 @@ pub(super) fn cells(row: &ObjectRow, names: &BTreeMap<ObjectRef, String>) -> Vec
         objects.map(name).collect::<Vec<_>>().join(",")
     };
     let maybe = |text: Option<String>| text.unwrap_or_default();
+    let observed = |key: &str| row.home().and_then(|home| home.observed.get(key));
     match spec(row) {
         Spec::Host(host) => vec![
             maybe(host.tunnel_address.map(|it| it.to_string())),
@@ -89,9 +102,17 @@ pub(super) fn cells(row: &ObjectRow, names: &BTreeMap<ObjectRef, String>) -> Vec
             name(floating.router.object()),
             floating.port_forwardings.len().to_string(),
         ],
-        Spec::Image(image) => {
-            vec![format!("{:?}", image.format).to_lowercase(), image.source.clone()]
-        }
+        Spec::Image(image) => vec![
+            format!("{:?}", image.format).to_lowercase(),
+            maybe(observed("virtual_bytes").and_then(Value::as_u64).map(gib)),
+            // As much as tells contents apart.
+            maybe(
+                observed("contents")
+                    .and_then(Value::as_str)
+                    .map(|it| it.trim_start_matches("sha256:").chars().take(12).collect()),
+            ),
+            image.source.clone(),
+        ],
         Spec::Volume(volume) => vec![
             volume.host.clone(),
             volume.size_gib.to_string(),
@@ -111,16 +132,35 @@ pub(super) fn cells(row: &ObjectRow, names: &BTreeMap<ObjectRef, String>) -> Vec
         ],
         Spec::Instance(instance) => vec![
             instance.host.clone(),
-            row.home()
-                .and_then(|home| home.observed.get("power_state")?.as_str().map(str::to_owned))
-                .unwrap_or_else(|| format!("{:?}", instance.power_state).to_lowercase()),
+            observed("power_state")
+                .and_then(Value::as_str)
+                .unwrap_or(instance.power_state.as_str())
+                .to_owned(),
             instance.vcpus.to_string(),
             instance.memory_mib.to_string(),
             maybe(instance.image.map(|it| name(it.object()))),
             list(&mut instance.ports.iter().map(|it| it.port.object())),
+            instance
+                .ports
+                .iter()
+                .flat_map(|port| &port.addresses)
+                .map(|given| given.address.addr().to_string())
+                .collect::<Vec<_>>()
+                .join(","),
+            observed("disks")
+                .and_then(Value::as_object)
+                .map(|disks| disks.keys().cloned().collect::<Vec<_>>().join(","))
+                .unwrap_or_default(),
             list(&mut instance.volumes.iter().map(|it| it.volume.object())),
+            observed("vnc").and_then(Value::as_str).unwrap_or_default().to_owned(),
         ],
     }
+}
+
+/// Bytes in GiB, with as many places as small images need.
+fn gib(bytes: u64) -> String {
+    let hundredths = bytes.div_ceil((1 << 30) / 100);
+    format!("{}.{:02}", hundredths / 100, hundredths % 100)
 }
 
 fn yes(it: bool) -> String {
