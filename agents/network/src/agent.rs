@@ -215,33 +215,28 @@ impl NetworkAgent {
         due: &BTreeSet<ObjectRef>,
         cause: Cause,
         news: &mut BTreeMap<At, BTreeSet<IpAddr>>,
-    ) -> (u64, BTreeMap<ObjectRef, String>) {
+    ) -> (usize, BTreeMap<ObjectRef, String>) {
         let mut failed: BTreeMap<ObjectRef, String> = BTreeMap::new();
-        let mut tried = 0;
         let mut done = Vec::new();
-        for Task { object, deed } in tasks {
-            if object.is_some_and(|object| !due.contains(&object)) {
-                continue;
-            }
-            tried += 1;
-            let result = match deed {
-                Deed::Link(change) => self.host.apply(change).await,
-                Deed::Router(change) => self.routers.apply(change).await,
-            };
-            match result {
-                Ok(()) => {
-                    debug!(object = object.map(tracing::field::display), %deed, "done");
-                    done.push((*object, deed));
-                }
-                Err(error) => {
-                    let remedy = match deed {
-                        Deed::Link(change) => change.remedy(&error).unwrap_or_default(),
-                        Deed::Router(_) => String::new(),
-                    };
-                    let reason = format!("cannot {deed}: {}{remedy}", Chain(&error));
-                    warn!(object = object.map(tracing::field::display), "{reason}");
-                    if let Some(object) = object {
-                        failed.entry(*object).or_insert(reason);
+        let is_due = |task: &&Task| task.object.is_none_or(|object| due.contains(&object));
+        let tasks: Vec<&Task> = tasks.iter().filter(is_due).collect();
+        for run in tasks.chunk_by(|task, next| task.deed.goes_with(&next.deed)) {
+            for (Task { object, deed }, result) in run.iter().zip(self.make(run).await) {
+                match result {
+                    Ok(()) => {
+                        debug!(object = object.map(tracing::field::display), %deed, "done");
+                        done.push((*object, deed));
+                    }
+                    Err(error) => {
+                        let remedy = match deed {
+                            Deed::Link(change) => change.remedy(&error).unwrap_or_default(),
+                            Deed::Router(_) => String::new(),
+                        };
+                        let reason = format!("cannot {deed}: {}{remedy}", Chain(&error));
+                        warn!(object = object.map(tracing::field::display), "{reason}");
+                        if let Some(object) = object {
+                            failed.entry(*object).or_insert(reason);
+                        }
                     }
                 }
             }
@@ -249,7 +244,21 @@ impl NetworkAgent {
         let told: Vec<_> = done.iter().map(|(object, deed)| (*object, deed.to_string())).collect();
         self.tell(&told, cause, true);
         news.extend(tasks::news(done.iter().map(|(_, deed)| *deed)));
-        (tried, failed)
+        (tasks.len(), failed)
+    }
+
+    /// Does what goes together, or the one thing that does not.
+    async fn make(&self, run: &[&Task]) -> Vec<Result<(), KernelError>> {
+        match run {
+            [Task { deed: Deed::Router(change), .. }] => vec![self.routers.apply(change).await],
+            _ => {
+                let links = run.iter().filter_map(|task| match &task.deed {
+                    Deed::Link(change) => Some(change),
+                    Deed::Router(_) => None,
+                });
+                self.host.apply_all(&links.collect::<Vec<_>>()).await
+            }
+        }
     }
 
     /// Tells what was done that no document asked for just now: repairs and sweeping. What served
@@ -356,6 +365,7 @@ impl NetworkAgent {
     async fn look_and_plan(&self, desired: &Desired) -> Result<Look, KernelError> {
         let seen = self.host.observe().await?;
         let mut wish = host_wish(desired, &self.local, &seen);
+        wish.firewall.zones = self.zones_left().await;
         if !wish.firewall.guards.is_empty()
             && let Ok(tracking) = self.guarding.tracking().await
         {
@@ -370,7 +380,7 @@ impl NetworkAgent {
         let spaces = reachable.keys().cloned().collect();
         let routers = self.routers.observe(&spaces).await?;
         let tasks = tasks::in_order(&made, l3::plan(&reachable, &routers));
-        Ok(Look { wish, seen, plan: made, tasks })
+        Ok(Look { wish, seen, routers, plan: made, tasks })
     }
 }
 
@@ -378,6 +388,7 @@ impl NetworkAgent {
 struct Look {
     wish: HostWish,
     seen: Seen,
+    routers: l3::Seen,
     plan: Plan,
     /// All that is to be done, in order.
     tasks: Vec<Task>,
@@ -416,7 +427,7 @@ impl Agent for NetworkAgent {
         *lock(&self.desired) = Some(Arc::clone(&work.desired));
         let before = self.host.writes();
         if work.cause == Cause::Timer {
-            self.host.freshness().all_changed();
+            self.host.look_anew();
         }
         self.watcher.about_to_look().await;
         let mut look = match self.look_and_plan(&work.desired).await {
@@ -464,7 +475,7 @@ impl Agent for NetworkAgent {
                 break;
             }
         }
-        let Look { wish, seen, plan: left, tasks } = look;
+        let Look { wish, seen, plan: left, tasks, .. } = look;
         // And what filtered taps that are gone now goes after them.
         unfiltered = self.guard(&wish, work.cause).await;
         let unfiltered = unfiltered.as_deref();
@@ -496,7 +507,8 @@ impl Agent for NetworkAgent {
             return self.explain(&action).await;
         }
         let message = format!(
-            "{} has no action {:?}; the network agent explains ports, and repairs by itself",
+            "{} has no action {:?}; the network agent explains ports and routers, and repairs by \
+             itself",
             action.object, action.name
         );
         Err(Refusal::new(ErrorCode::Unsupported, message).about(action.object))

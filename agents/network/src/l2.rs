@@ -403,6 +403,45 @@ pub trait HostNet: Send + Sync {
     /// Makes one change. Repeating a change whose effect is there succeeds or says that it
     /// exists; the host may have moved since it was observed.
     fn apply(&self, change: &Change) -> impl Future<Output = Result<(), KernelError>> + Send;
+
+    /// Makes changes that go together ([`Change::goes_with`]) and tells how each came out. One that
+    /// fails stops no other.
+    fn apply_all(
+        &self,
+        changes: &[&Change],
+    ) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send {
+        async move {
+            let mut results = Vec::with_capacity(changes.len());
+            for change in changes {
+                results.push(self.apply(change).await);
+            }
+            results
+        }
+    }
+}
+
+impl Change {
+    /// Whether it is about one entry of a forwarding or neighbour table.
+    #[must_use]
+    pub fn is_entry(&self) -> bool {
+        matches!(
+            self,
+            Self::Forward { .. }
+                | Self::Unforward { .. }
+                | Self::Place { .. }
+                | Self::Unplace { .. }
+                | Self::Answer { .. }
+                | Self::Unanswer { .. }
+        )
+    }
+
+    /// Whether the two can be made at once: both are entries, which the kernel takes in order, or
+    /// both make taps, none of which needs another.
+    #[must_use]
+    pub fn goes_with(&self, next: &Self) -> bool {
+        let is_tap = |change: &Self| matches!(change, Self::Make { make: Make::Tap(_), .. });
+        self.is_entry() && next.is_entry() || is_tap(self) && is_tap(next)
+    }
 }
 
 impl Set {

@@ -35,6 +35,7 @@ pub mod netlink;
 mod plan;
 #[cfg(test)]
 mod tests;
+pub mod walk;
 
 /// A way to a destination.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

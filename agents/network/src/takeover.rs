@@ -10,6 +10,7 @@
 
 mod leftovers;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -59,6 +60,17 @@ pub async fn remove_filters(writes: &WriteCount) -> Result<Vec<String>, ExecErro
         }
     }
     Ok(done)
+}
+
+/// The zones in which the other agent has the flows of its bridges tracked, by bridge: tracked in the
+/// same ones, the flows that it allowed go on.
+///
+/// # Errors
+///
+/// Passes on what a program said.
+pub async fn zones() -> Result<BTreeMap<String, u16>, ExecError> {
+    let saved = output("iptables-save", &["-t", "raw"]).await?;
+    Ok(leftovers::zones(&saved.unwrap_or_default()))
 }
 
 fn program(name: &str) -> Program {

@@ -5,121 +5,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[path = "support/filtered.rs"]
+mod filtered;
 mod support;
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use filtered::{Site, all, all_out, four, six};
+use serde_json::json;
 use stackhand_network::NetworkAgent;
 use stackhand_runtime::agent::Agent;
-use stackhand_testkit::wait_for;
-use support::frames::Wire;
-use support::{Documents, Guest, agent, link, mac, network, on_a_host, port, short};
+use support::{agent, on_a_host, short};
 use uuid::Uuid;
 
 /// Names the kind of tracking that the kernel is known to have.
 const EXPECTED: &str = "STACKHAND_EXPECT_TRACKING";
-
-/// A network, and guests on filtered ports of it.
-struct Site {
-    net: Uuid,
-    documents: Documents,
-    ports: Vec<(u8, Uuid)>,
-}
-
-impl Site {
-    fn new() -> Self {
-        let net = Uuid::new_v4();
-        let mut documents = Documents::default();
-        let subnets = json!({"subnets": [
-            {"name": "main", "cidr": "10.7.0.0/24", "dhcp": false},
-            {"name": "six", "cidr": "fd00:7::/64", "dhcp": false},
-        ]});
-        documents.put("Network", "net", net, network("local", &subnets));
-        Self { net, documents, ports: Vec::new() }
-    }
-
-    fn id(&self, last: u8) -> Option<Uuid> {
-        self.ports.iter().find(|(known, _)| *known == last).map(|(_, id)| *id)
-    }
-
-    /// A filtered port in some groups.
-    fn port(&mut self, last: u8, groups: &[Uuid], more: &Value) -> Uuid {
-        let id = self.id(last).unwrap_or_else(Uuid::new_v4);
-        let filtered = json!({
-            "owner": "external",
-            "port_security": true,
-            "security_groups": groups,
-            "fixed_ips": [
-                {"subnet": "main", "address": four(last)},
-                {"subnet": "six", "address": six(last)},
-            ],
-        });
-        let mut spec = port(self.net, "one", last, &filtered);
-        for (key, value) in more.as_object().unwrap() {
-            spec[key] = value.clone();
-        }
-        self.documents.put("Port", &format!("p{last}"), id, spec);
-        self.ports.push((last, id));
-        id
-    }
-
-    fn group(&mut self, rules: &Value) -> Uuid {
-        self.group_of(Uuid::new_v4(), true, rules)
-    }
-
-    fn group_of(&mut self, id: Uuid, stateful: bool, rules: &Value) -> Uuid {
-        let name = format!("g{}", &id.to_string()[..6]);
-        let spec = json!({"rules": rules, "stateful": stateful});
-        self.documents.put("SecurityGroup", &name, id, spec);
-        id
-    }
-
-    /// A pass after which everything is active, and the bridge forwards to all guests.
-    async fn settle(&self, agent: &NetworkAgent) {
-        self.documents.settle(agent).await;
-        for (last, id) in &self.ports {
-            let tap = format!("tap{}", short(*id));
-            let forwards = || async {
-                let link = link(&tap).await?;
-                let is_up = link["flags"].as_array()?.contains(&json!("UP"));
-                let state = &link["linkinfo"]["info_slave_data"]["state"];
-                (!is_up || state == "forwarding").then_some(())
-            };
-            wait_for(Duration::from_secs(20), &format!("port {last} to forward"), forwards).await;
-        }
-    }
-
-    /// A guest behind a port, with the port's addresses.
-    async fn guest(&self, last: u8) -> (Guest, Wire) {
-        let guest = Guest::start(&format!("g{last}"), self.id(last).unwrap(), &mac(last)).await;
-        guest.run(&format!("ip address add {}/24 dev eth0", four(last))).await;
-        guest.run(&format!("ip address add {}/64 dev eth0 nodad", six(last))).await;
-        let wire = Wire::of(guest.name()).await;
-        (guest, wire)
-    }
-}
-
-fn four(last: u8) -> String {
-    format!("10.7.0.{last}")
-}
-
-fn six(last: u8) -> String {
-    format!("fd00:7::{last:x}")
-}
-
-/// All that leaves, of both families.
-fn all_out() -> Value {
-    json!([{"direction": "egress"}, {"direction": "egress", "ethertype": "IPv6"}])
-}
-
-/// Everything.
-fn all() -> Value {
-    json!([
-        {"direction": "egress"}, {"direction": "egress", "ethertype": "IPv6"},
-        {"direction": "ingress"}, {"direction": "ingress", "ethertype": "IPv6"},
-    ])
-}
 
 mod matrix {
     use std::sync::Arc;

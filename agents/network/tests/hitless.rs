@@ -175,6 +175,9 @@ fn busy_host() -> Documents {
     let limits = Uuid::from_u128(0xcc);
     let bandwidth = json!([{"direction": "egress", "max_kbps": 1000}]);
     documents.put("QosPolicy", "limits", limits, json!({"bandwidth": bandwidth}));
+    let group = Uuid::from_u128(0xdd);
+    let rules = json!([{"direction": "ingress", "remote_group": group}]);
+    documents.put("SecurityGroup", "group", group, json!({"rules": rules}));
     for (number, kind) in [(1_u8, "vxlan"), (2, "local")] {
         let net = Uuid::from_u128(u128::from(number) << 96);
         let mut more = json!({});
@@ -185,7 +188,11 @@ fn busy_host() -> Documents {
         for last in 10..14 {
             let id = Uuid::from_u128(u128::from(number) << 104 | u128::from(last) << 96);
             let host = if last == 13 { "two" } else { "one" };
-            let more = json!({"port_security": false, "qos_policy": limits});
+            let more = if last == 12 {
+                json!({"port_security": true, "security_groups": [group]})
+            } else {
+                json!({"port_security": false, "qos_policy": limits})
+            };
             documents.put("Port", &format!("{kind}{last}"), id, port(net, host, last, &more));
         }
     }

@@ -7,6 +7,7 @@
 //! they changed nothing.
 
 mod address;
+mod journal;
 mod link;
 mod monitor;
 mod neighbour;
@@ -18,26 +19,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::StreamExt;
-use rtnetlink::Handle;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::proto::{ConnectionHandle, new_connection};
+use rtnetlink::sys::{SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::{KernelError, Netns};
 
 pub use address::Address;
+pub use journal::{Changed, Journal};
 pub use link::{
     Bridge, BridgePort, Geneve, Gre, Link, LinkChange, LinkKind, MAX_LINK_NAME, NewKind, NewLink,
     Peer, Routing, RoutingV6, Tap, Vxlan,
 };
 pub use monitor::{Event, Monitor};
-pub use neighbour::{FdbEntry, FdbTable, Neighbour};
+pub use neighbour::{EntryChange, FdbEntry, FdbTable, Neighbour};
 pub use route::{Hop, RouteEntry};
 pub use traffic::{Queue, QueueKind, Shaper};
 
 /// How often a list is asked for until it is whole.
 const DUMPS: usize = 10;
+
+/// Requests that are in the kernel's hands at once, at most: the answers of all must fit in the
+/// socket's buffer, in which each takes less than a KiB.
+const IN_FLIGHT: usize = 128;
 
 /// Set by the kernel on a list that changed while it was written.
 const NLM_F_DUMP_INTR: u16 = 0x10;
@@ -62,9 +69,12 @@ impl WriteCount {
 /// Route netlink of one namespace. Clones share the socket, which closes with the last of them.
 #[derive(Clone, Debug)]
 pub struct Links {
-    handle: Handle,
+    handle: ConnectionHandle<RouteNetlinkMessage>,
     writes: WriteCount,
 }
+
+/// A request that changes something, with its flags.
+type Write = (RouteNetlinkMessage, u16);
 
 impl Links {
     /// Opens a socket in the calling thread's namespace. Must be called inside a tokio runtime.
@@ -95,7 +105,8 @@ impl Links {
     ///
     /// Passes on the kernel's refusal.
     pub fn connect(writes: WriteCount) -> io::Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (mut connection, handle, _) = new_connection(NETLINK_ROUTE)?;
+        connection.set_forward_ack(true);
         tokio::spawn(connection);
         Ok(Self { handle, writes })
     }
@@ -108,19 +119,41 @@ impl Links {
 
     /// Sends a request that changes something and waits for the kernel's word.
     async fn write(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-        let mut handle = self.handle.clone();
-        let mut replies = handle.request(request).map_err(closed)?;
-        while let Some(reply) = replies.next().await {
-            match reply.payload {
-                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                NetlinkPayload::Overrun(_) => return Err(overrun()),
-                _ => {}
+        let mut results = self.write_all(vec![(message, flags)]).await;
+        results.pop().unwrap_or_else(|| Err(closed()))
+    }
+
+    /// Sends requests that change something, many in one datagram, and waits for the kernel's word
+    /// on each. The kernel takes them in order; one that it refuses stops no other.
+    async fn write_all(&self, writes: Vec<Write>) -> Vec<io::Result<()>> {
+        let mut results = Vec::with_capacity(writes.len());
+        let mut writes = writes.into_iter().peekable();
+        while writes.peek().is_some() {
+            let some = writes.by_ref().take(IN_FLIGHT).map(|(message, flags)| {
+                let mut request = NetlinkMessage::from(message);
+                request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+                request
+            });
+            let some: Vec<_> = some.collect();
+            let whole = results.len() + some.len();
+            if let Ok(mut answers) = self.handle.request_batch(some, kernel()) {
+                while let Some(answer) = answers.next().await {
+                    match answer.payload {
+                        NetlinkPayload::Error(error) => results.push(match error.code {
+                            Some(_) => Err(error.to_io()),
+                            None => {
+                                self.writes.add();
+                                Ok(())
+                            }
+                        }),
+                        NetlinkPayload::Overrun(_) => results.push(Err(overrun())),
+                        _ => {}
+                    }
+                }
             }
+            results.resize_with(whole, || Err(closed()));
         }
-        self.writes.add();
-        Ok(())
+        results
     }
 
     /// Asks for one thing and hands every answer to `take`.
@@ -162,8 +195,7 @@ impl Links {
     ) -> io::Result<Read> {
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags;
-        let mut handle = self.handle.clone();
-        let mut replies = handle.request(request).map_err(closed)?;
+        let mut replies = self.handle.request(request, kernel()).map_err(|_| closed())?;
         let mut read = Read { answered: false, whole: true };
         while let Some(reply) = replies.next().await {
             read.answered = true;
@@ -193,7 +225,12 @@ pub fn is_closed(error: &KernelError) -> bool {
     matches!(error, KernelError::Netlink { source, .. } if source.kind() == io::ErrorKind::NotConnected)
 }
 
-fn closed(_: rtnetlink::Error) -> io::Error {
+/// Whom requests go to.
+fn kernel() -> SocketAddr {
+    SocketAddr::new(0, 0)
+}
+
+fn closed() -> io::Error {
     io::ErrorKind::NotConnected.into()
 }
 

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use stackhand_kernel::exec::Program;
 use stackhand_kernel::netlink::{
-    Address, Bridge, BridgePort, Event, FdbEntry, FdbTable, Hop, Link, LinkChange, LinkKind, Links,
-    Monitor, Neighbour, NewKind, NewLink, Peer, Queue, QueueKind, RouteEntry, Shaper, Tap, Vxlan,
-    WriteCount,
+    Address, Bridge, BridgePort, EntryChange, Event, FdbEntry, FdbTable, Hop, Link, LinkChange,
+    LinkKind, Links, Monitor, Neighbour, NewKind, NewLink, Peer, Queue, QueueKind, RouteEntry,
+    Shaper, Tap, Vxlan, WriteCount,
 };
 use stackhand_kernel::tun::{NewTap, VirtioHeader};
 use stackhand_kernel::{KernelError, Netns, netns, packet, sysctl};
@@ -225,12 +225,12 @@ fn forwarding_and_neighbours_are_set_read_and_removed() {
         let via = |last| IpAddr::from([192, 0, 2, last]);
         let behind = |mac, last| FdbEntry { link, mac, table: FdbTable::Link { via: via(last) } };
         let flood = MacAddr([0; 6]);
-        for entry in [behind(MAC, 10), behind(MAC, 11), behind(flood, 10), behind(flood, 11)] {
-            links.set_forwarding(entry).await.unwrap();
-            links.set_forwarding(entry).await.unwrap();
-        }
         let port = FdbEntry { link, mac: MAC, table: FdbTable::Bridge };
-        links.set_forwarding(port).await.unwrap();
+        let entries =
+            [behind(MAC, 10), behind(MAC, 11), behind(flood, 10), behind(flood, 11), port];
+        for _ in 0..2 {
+            all_of(&links, &entries.map(EntryChange::Forward)).await;
+        }
         assert_eq!(
             links.forwarding().await.unwrap(),
             [behind(flood, 10), behind(flood, 11), behind(MAC, 11), port],
@@ -238,21 +238,57 @@ fn forwarding_and_neighbours_are_set_read_and_removed() {
         );
         let neighbour =
             |address: &str| Neighbour { link: bridge, address: address.parse().unwrap(), mac: MAC };
-        for entry in [neighbour("10.0.0.5"), neighbour("fd00::5")] {
-            links.set_neighbour(entry).await.unwrap();
-        }
+        let known = [neighbour("10.0.0.5"), neighbour("fd00::5")];
+        all_of(&links, &known.map(EntryChange::Know)).await;
         assert_eq!(
             links.neighbours().await.unwrap(),
             [neighbour("10.0.0.5"), neighbour("fd00::5")]
         );
-        for entry in [behind(flood, 10), behind(flood, 11), behind(MAC, 11), port] {
-            links.remove_forwarding(entry).await.unwrap();
-            links.remove_forwarding(entry).await.unwrap();
+        for _ in 0..2 {
+            let gone = [behind(flood, 10), behind(flood, 11), behind(MAC, 11), port];
+            all_of(&links, &gone.map(EntryChange::Unforward)).await;
+            all_of(&links, &[EntryChange::Forget(neighbour("fd00::5"))]).await;
         }
-        links.remove_neighbour(neighbour("fd00::5")).await.unwrap();
-        links.remove_neighbour(neighbour("fd00::5")).await.unwrap();
         assert_eq!(links.forwarding().await.unwrap(), []);
         assert_eq!(links.neighbours().await.unwrap(), [neighbour("10.0.0.5")]);
+    });
+}
+
+/// Makes changes, none of which may fail.
+async fn all_of(links: &Links, changes: &[EntryChange]) {
+    for (change, result) in changes.iter().zip(links.change_entries(changes).await) {
+        result.unwrap_or_else(|error| panic!("{change:?}: {error}"));
+    }
+}
+
+#[test]
+fn of_a_thousand_changes_at_once_each_has_an_answer_of_its_own() {
+    on_a_host(|| async {
+        let writes = WriteCount::default();
+        let links = Links::open(writes.clone()).unwrap();
+        links.create(&new("br0", bridge(), LinkChange::default()), None).await.unwrap();
+        let link = get(&links, "br0").await.index;
+        let before = writes.get();
+        let entry = |number: u16| {
+            let [high, low] = number.to_be_bytes();
+            // Every hundredth is for a link that is not there.
+            let link = if number % 100 == 99 { link + 1000 } else { link };
+            Neighbour { link, address: IpAddr::from([10, 0, high, low]), mac: MAC }
+        };
+        let changes: Vec<_> = (0..1000).map(|number| EntryChange::Know(entry(number))).collect();
+        let results = links.change_entries(&changes).await;
+        assert_eq!(results.len(), changes.len());
+        for (number, result) in (0_u16..).zip(&results) {
+            let told = format!("{number}: {result:?}");
+            assert_eq!(result.is_err(), number % 100 == 99, "{told}");
+            if let Err(error) = result {
+                let [high, low] = number.to_be_bytes();
+                assert!(told.contains(&format!("neighbour 10.0.{high}.{low}")), "{told}");
+                assert!(error.is_absent(), "{told}");
+            }
+        }
+        assert_eq!(links.neighbours().await.unwrap().len(), 990);
+        assert_eq!(writes.get() - before, 990, "what the kernel refused is no write");
     });
 }
 

@@ -7,8 +7,10 @@
 
 mod agents;
 mod compute;
+mod firewall;
 mod fleet;
 mod ledger;
+mod network;
 mod outage;
 mod ports;
 mod rpc;
@@ -24,8 +26,10 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, outage, list, compute, ports. Default: all.
-    #[arg(value_parser = ["rpc", "ledger", "agents", "outage", "list", "compute", "ports"])]
+    /// Which to run: rpc, ledger, agents, outage, list, compute, ports, firewall. Default: all.
+    #[arg(value_parser = [
+        "rpc", "ledger", "agents", "outage", "list", "compute", "ports", "firewall",
+    ])]
     names: Vec<String>,
     #[command(subcommand)]
     role: Option<Role>,
@@ -73,6 +77,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("ports") {
         all.extend(finish("ports", ports::run().await?)?);
+    }
+    if wanted("firewall") {
+        all.extend(finish("firewall", firewall::run().await?)?);
     }
     missed |= all.iter().any(|row| !row.met());
     table::print(&all)?;

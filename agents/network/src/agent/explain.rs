@@ -1,20 +1,24 @@
 //! `agentctl explain`: one end of a connection, from documents and from the kernel's state.
 //!
 //! agentctl asks the agents of both ports' hosts and joins the halves. Each half tells what it
-//! checked, in the order in which a packet meets it, so that a third part (a router) fits between.
+//! checked, in the order in which a packet meets it. Between them agentctl asks about each router on
+//! the way, whose answer tells how the packet leaves it, and where to.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use stackhand_kernel::Chain;
-use stackhand_model::{Direction, ErrorCode, MacAddr, PortId, Spec};
+use stackhand_model::{Direction, ErrorCode, MacAddr, ObjectRef, PortId, RouterId, Spec};
 use stackhand_runtime::agent::{Action, Desired, Refusal};
 
 use super::{Look, NetworkAgent};
 use crate::desired::{HostWish, Standing};
 use crate::firewall::Packet;
 use crate::l2::{At, Seen};
+use crate::l3::SeenRouter;
+use crate::l3::walk::{Check, walk};
 use crate::names;
 
 /// The action's name.
@@ -48,40 +52,109 @@ struct Half {
     checks: Vec<Check>,
 }
 
-/// One thing that was looked at.
+/// What is asked about a router.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Passage {
+    /// The router's port by which the packet comes.
+    port: PortId,
+    packet: Packet,
+}
+
+/// What was found at a router.
 #[derive(Debug, Serialize)]
-struct Check {
-    what: &'static str,
-    passes: bool,
-    finding: String,
+struct Passed {
+    host: String,
+    checks: Vec<Check>,
+    /// The packet as it leaves.
+    packet: Packet,
+    /// The router's port by which it leaves, and the neighbour it goes to.
+    out: Option<(PortId, IpAddr)>,
 }
 
 impl NetworkAgent {
     /// Explains one end, for the action of that name.
     pub(super) async fn explain(&self, action: &Action) -> Result<Value, Refusal> {
         let refuse = |code, text: String| Refusal::new(code, text).about(action.object);
-        let Spec::Port(port) = &action.document.spec else {
-            return Err(refuse(ErrorCode::Unsupported, "only ports can be explained".to_owned()));
-        };
-        let question: Question =
-            serde_json::from_value(action.params.clone()).map_err(|error| {
-                refuse(
-                    ErrorCode::BadRequest,
-                    format!("explain: {error}; ask by `agentctl explain`"),
-                )
-            })?;
-        if port.host != self.local.host {
-            let text = format!("the port is on host {}; ask there", port.host);
-            return Err(refuse(ErrorCode::BadRequest, text));
-        }
         let desired = super::lock(&self.desired).clone();
         let Some(desired) = desired else {
             let text = "the agent has not looked at the host yet; try again".to_owned();
             return Err(refuse(ErrorCode::Unavailable, text));
         };
-        let half = self.half(PortId(action.object.id), &question, &desired).await;
-        let half = half.map_err(|reason| refuse(ErrorCode::Internal, reason))?;
-        serde_json::to_value(half).map_err(|error| refuse(ErrorCode::Internal, error.to_string()))
+        let elsewhere = |what, host: &str| {
+            refuse(ErrorCode::BadRequest, format!("the {what} is on host {host}; ask there"))
+        };
+        let mistyped = |error: serde_json::Error| {
+            refuse(ErrorCode::BadRequest, format!("explain: {error}; ask by `agentctl explain`"))
+        };
+        let internal = |reason| refuse(ErrorCode::Internal, reason);
+        let answer = match &action.document.spec {
+            Spec::Port(port) if port.host != self.local.host => {
+                return Err(elsewhere("port", &port.host));
+            }
+            Spec::Router(router) if router.host != self.local.host => {
+                return Err(elsewhere("router", &router.host));
+            }
+            Spec::Port(_) => {
+                let question: Question =
+                    serde_json::from_value(action.params.clone()).map_err(mistyped)?;
+                let half = self.half(PortId(action.object.id), &question, &desired).await;
+                serde_json::to_value(half.map_err(internal)?)
+            }
+            Spec::Router(_) => {
+                let passage: Passage =
+                    serde_json::from_value(action.params.clone()).map_err(mistyped)?;
+                let passed = self.passed(RouterId(action.object.id), &passage, &desired).await;
+                serde_json::to_value(passed.map_err(internal)?)
+            }
+            _ => {
+                let text = "only ports and routers can be explained".to_owned();
+                return Err(refuse(ErrorCode::Unsupported, text));
+            }
+        };
+        answer.map_err(|error| refuse(ErrorCode::Internal, error.to_string()))
+    }
+
+    /// Follows a packet through a router of this host.
+    async fn passed(
+        &self,
+        id: RouterId,
+        asked: &Passage,
+        desired: &Desired,
+    ) -> Result<Passed, String> {
+        let turn = self.turn.lock().await;
+        let looked = self.look_and_plan(desired).await;
+        drop(turn);
+        let Look { wish, seen, routers, tasks, .. } =
+            looked.map_err(|error| format!("cannot look at the host: {}", Chain(&error)))?;
+        let mut passed = Passed {
+            host: self.local.host.clone(),
+            checks: vec![document(id.object(), "router", &wish)],
+            packet: asked.packet,
+            out: None,
+        };
+        let service = wish.routers.get(&id);
+        let entered = service.and_then(|it| it.links.iter().find(|link| link.port == asked.port));
+        let Some((service, entered)) = service.zip(entered) else {
+            let text = format!("the router has no link for port {}", asked.port);
+            passed.checks.push(Check::new("link in", false, text));
+            return Ok(passed);
+        };
+        let left = tasks.iter().find(|task| task.object == Some(id.object()));
+        passed.checks.push(match left {
+            None => Check::new("in force", true, "the router is as the documents ask"),
+            Some(task) => Check::new("in force", false, format!("to do: {}", task.deed)),
+        });
+        let nothing = SeenRouter::default();
+        let router = routers.get(&service.space).unwrap_or(&nothing);
+        let walk = walk(&service.space, &entered.link, asked.packet, &seen, router);
+        passed.checks.extend(walk.checks);
+        passed.packet = walk.packet;
+        passed.out = walk.out.and_then(|(link, next)| {
+            let by = service.links.iter().find(|it| it.link == link)?;
+            Some((by.port, next))
+        });
+        Ok(passed)
     }
 
     async fn half(&self, id: PortId, asked: &Question, desired: &Desired) -> Result<Half, String> {
@@ -92,7 +165,7 @@ impl NetworkAgent {
         let drift = self.guarding.plan(&wish.firewall).await;
         drop(turn);
         let tap = At::host(names::tap(id));
-        let mut checks = vec![document(id, &wish), link(&tap, &wish, &seen)];
+        let mut checks = vec![document(id.object(), "port", &wish), link(&tap, &wish, &seen)];
         let verdict = wish.firewall.judge(id, asked.direction, &asked.packet);
         let (what, groups) = match asked.direction {
             Direction::Egress => ("rules out", "the packet"),
@@ -115,9 +188,9 @@ impl NetworkAgent {
 }
 
 /// What documents alone say.
-fn document(id: PortId, wish: &HostWish) -> Check {
-    let (passes, finding) = match wish.standing.get(&id.object()) {
-        None => (true, "the port's documents are complete".to_owned()),
+fn document(object: ObjectRef, word: &str, wish: &HostWish) -> Check {
+    let (passes, finding) = match wish.standing.get(&object) {
+        None => (true, format!("the {word}'s documents are complete")),
         Some(Standing::Pending(reason) | Standing::Failed(reason)) => (false, reason.clone()),
     };
     Check { what: "documents", passes, finding }
@@ -145,7 +218,7 @@ fn link(tap: &At, wish: &HostWish, seen: &Seen) -> Check {
 }
 
 /// Whether the kernel's rules are those that the documents ask for.
-fn in_force(drift: Result<Vec<(Option<stackhand_model::ObjectRef>, String)>, String>) -> Check {
+fn in_force(drift: Result<Vec<(Option<ObjectRef>, String)>, String>) -> Check {
     let (passes, finding) = match drift {
         Ok(steps) => match steps.first() {
             None => (true, "the kernel's rules are those of the documents".to_owned()),

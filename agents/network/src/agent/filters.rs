@@ -43,6 +43,17 @@ impl NetworkAgent {
         }
     }
 
+    /// The zones in which OpenStack's Linux bridge agent has flows tracked, until its filter is gone.
+    pub(super) async fn zones_left(&self) -> BTreeMap<String, u16> {
+        if !self.local.takeover || self.cleared.load(Ordering::Acquire) {
+            return BTreeMap::new();
+        }
+        takeover::zones().await.unwrap_or_else(|error| {
+            warn!("cannot tell in which zones flows are tracked: {}", Chain(&error));
+            BTreeMap::new()
+        })
+    }
+
     /// Removes what OpenStack's Linux bridge agent left in packet filters, once for each start of
     /// this agent. To be called when our firewall is in force. Returns why it could not.
     pub(super) async fn remove_leftovers(&self) -> Option<String> {

@@ -19,7 +19,7 @@ pub(super) struct Guarding(Mutex<State>);
 enum State {
     /// Nothing needed it yet, or the kernel could not: tried again when something needs it.
     Untried(Option<KernelFirewall>),
-    Ready(Enforcer<KernelFirewall>),
+    Ready(Box<Enforcer<KernelFirewall>>),
 }
 
 impl Guarding {
@@ -92,11 +92,11 @@ async fn ready(state: &mut State) -> Result<&mut Enforcer<KernelFirewall>, Strin
         let tracking = tracking.map_err(|error| Chain(&error).to_string())?;
         tracing::info!(%tracking, "the firewall can be enforced");
         if let Some(host) = host.take() {
-            *state = State::Ready(Enforcer::new(host, tracking));
+            *state = State::Ready(Box::new(Enforcer::new(host, tracking)));
         }
     }
     match state {
-        State::Ready(enforcer) => Ok(enforcer),
+        State::Ready(enforcer) => Ok(enforcer.as_mut()),
         State::Untried(_) => Err("the firewall is gone".to_owned()),
     }
 }

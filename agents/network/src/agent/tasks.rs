@@ -37,6 +37,16 @@ impl fmt::Display for Deed {
     }
 }
 
+impl Deed {
+    /// Whether the two can be done at once.
+    pub(super) fn goes_with(&self, next: &Self) -> bool {
+        match (self, next) {
+            (Self::Link(change), Self::Link(next)) => change.goes_with(next),
+            _ => false,
+        }
+    }
+}
+
 /// Puts steps in order. Translations come between a namespace and its links, so that no flow
 /// starts before they are there; routes come last.
 pub(super) fn in_order(links: &Plan, routers: Vec<l3::Step>) -> Vec<Task> {

@@ -7,7 +7,7 @@ use stackhand_model::{Direction, NetworkId, ObjectRef};
 use tracing::warn;
 
 use super::judge::{Packet, Transport};
-use super::model::Model;
+use super::model::{ByAddress, Model};
 use super::render::{Rendered, render, zones_of};
 use super::ruleset::{Edit, Plan, Ruleset, group_of};
 use super::{FirewallError, FirewallHost, Tracking};
@@ -85,14 +85,13 @@ impl<H: FirewallHost> Enforcer<H> {
         let seen = self.host.observe().await?;
         let Some(plan) = self.compare(model, &seen) else { return Ok(done) };
         if !plan.is_empty() {
+            // Nobody else holds the tables now, so that they are changed in place.
             drop(seen);
-            let before = self.last.take();
+            let before = self.last.take().map(|(model, _)| model);
             self.host.apply(&plan).await?;
             done.changes = tell(&plan, model);
             if plan.narrows() {
-                let nothing = Model::default();
-                let before = before.as_ref().map_or(&nothing, |(before, _)| before);
-                done.cut = self.cut(before, model).await;
+                done.cut = self.cut(&before.unwrap_or_default(), model).await;
             }
         }
         let now = self.host.observe().await?;
@@ -131,11 +130,12 @@ impl<H: FirewallHost> Enforcer<H> {
                 return 0;
             }
         };
+        let (was, is) = (before.by_address(), model.by_address());
         let mut cut = 0;
         for flow in flows {
             let network = networks.iter().find(|(zone, _)| *zone == flow.zone);
             let Some((_, network)) = network else { continue };
-            if is_allowed(before, model, *network, &flow) {
+            if is_allowed(&was, &is, model, *network, &flow) {
                 continue;
             }
             match self.host.cut(&flow).await {
@@ -149,11 +149,17 @@ impl<H: FirewallHost> Enforcer<H> {
 
 /// Whether a flow may go on: both of its ends that are filtered here allow it, and neither is a port
 /// that has gone or lost the address.
-fn is_allowed(before: &Model, model: &Model, network: NetworkId, flow: &Flow) -> bool {
+fn is_allowed(
+    was: &ByAddress,
+    is: &ByAddress,
+    model: &Model,
+    network: NetworkId,
+    flow: &Flow,
+) -> bool {
     let packet = packet(&flow.original);
-    let end = |direction, address| match model.guard_of(network, address) {
-        Some((port, _)) => model.judge(port, direction, &packet).passes(),
-        None => before.guard_of(network, address).is_none(),
+    let end = |direction, address| match is.find(network, address) {
+        Some(port) => model.judge(port, direction, &packet).passes(),
+        None => was.find(network, address).is_none(),
     };
     // A client without an address sends from none: nobody's.
     let from = packet.source.is_unspecified() || end(Direction::Egress, packet.source);

@@ -26,6 +26,8 @@ pub struct Model {
     pub members: BTreeMap<SecurityGroupId, BTreeSet<IpNet>>,
     /// Bridges of networks that have guards here.
     pub bridges: BTreeMap<NetworkId, String>,
+    /// Zones in which another agent tracked the flows of bridges that are ours now, by bridge.
+    pub zones: BTreeMap<String, u16>,
     /// Taps that no document speaks of, but that are left alone for a while: so are their rules.
     pub spared: BTreeSet<String>,
     /// Why a port or group is not wholly enforced.
@@ -213,11 +215,41 @@ impl Model {
         }
     }
 
-    /// The guard that has `address` on a network.
+    /// The guards by what they may send from, to find those of many addresses.
     #[must_use]
-    pub fn guard_of(&self, network: NetworkId, address: IpAddr) -> Option<(PortId, &Guard)> {
-        let on_it = |guard: &&Guard| guard.network == network && guard.has(address);
-        self.guards.iter().map(|(id, guard)| (*id, guard)).find(|(_, guard)| on_it(guard))
+    pub fn by_address(&self) -> ByAddress {
+        let mut found = ByAddress::default();
+        for (&id, guard) in &self.guards {
+            for (_, net) in &guard.sources {
+                if net.prefix_len() == net.max_prefix_len() {
+                    found.single.entry((guard.network, net.addr())).or_insert(id);
+                } else {
+                    found.ranges.push((guard.network, *net, id));
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Guards by what they may send from.
+#[derive(Clone, Debug, Default)]
+pub struct ByAddress {
+    single: BTreeMap<(NetworkId, IpAddr), PortId>,
+    ranges: Vec<(NetworkId, IpNet, PortId)>,
+}
+
+impl ByAddress {
+    /// The port that has `address` on a network.
+    #[must_use]
+    pub fn find(&self, network: NetworkId, address: IpAddr) -> Option<PortId> {
+        let of_range = || {
+            let range = |(on, net, _): &&(NetworkId, IpNet, PortId)| {
+                *on == network && IpNet::contains(net, &address)
+            };
+            self.ranges.iter().find(range).map(|(_, _, port)| *port)
+        };
+        self.single.get(&(network, address)).copied().or_else(of_range)
     }
 }
 

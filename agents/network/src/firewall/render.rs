@@ -34,7 +34,8 @@ const EARLY: i32 = -310;
 /// The kinds of frame that a guest may send and receive. A tag or a length says another kind.
 const KINDS: &str = "{ ip, ip6, arp, 0x8035 }";
 
-/// Chooses a zone for each bridge of `model`: the one that it has, or the lowest free one.
+/// Chooses a zone for each bridge of `model`: the one that it has, that another agent gave it, or the
+/// lowest free one.
 #[must_use]
 pub fn zones_of(model: &Model, seen: &Ruleset) -> BTreeMap<String, u16> {
     let mut has: BTreeMap<String, u16> = BTreeMap::new();
@@ -46,6 +47,9 @@ pub fn zones_of(model: &Model, seen: &Ruleset) -> BTreeMap<String, u16> {
                 has.insert(link, u16::from_ne_bytes(*zone));
             }
         }
+    }
+    for (bridge, zone) in &model.zones {
+        has.entry(bridge.clone()).or_insert(*zone);
     }
     let mut taken: BTreeSet<u16> = BTreeSet::new();
     let mut zones = BTreeMap::new();

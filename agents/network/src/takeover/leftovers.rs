@@ -1,6 +1,6 @@
 //! What OpenStack's Linux bridge agent leaves in packet filters, found in their own listings. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 /// Chains of that agent: its program's name, cut.
@@ -28,6 +28,24 @@ pub fn iptables_script(saved: &str) -> Option<String> {
         }
     }
     (!script.is_empty()).then_some(script)
+}
+
+/// The zones in which that agent has the flows of its bridges tracked, by bridge, from what
+/// `iptables-save` printed. A rule for each port names its bridge as the link that packets come by.
+#[must_use]
+pub(super) fn zones(saved: &str) -> BTreeMap<String, u16> {
+    let after = |words: &[&str], option: &str| {
+        let at = words.iter().position(|word| *word == option)?;
+        words.get(at + 1).map(|word| (*word).to_owned())
+    };
+    let zone = |line: &str| {
+        let rule = line.strip_prefix("-A ").filter(|rule| rule.starts_with(CHAINS))?;
+        let words: Vec<&str> = rule.split(' ').collect();
+        let link = after(&words, "-i").or_else(|| after(&words, "--physdev-in"))?;
+        let zone = after(&words, "--zone")?.parse().ok()?;
+        link.starts_with("brq").then_some((link, zone))
+    };
+    saved.lines().filter_map(zone).collect()
 }
 
 /// One table of a listing.
@@ -153,6 +171,22 @@ COMMIT
 -A PREROUTING -j docker
 COMMIT
 ";
+
+    #[test]
+    fn zones_are_found_by_the_bridge_and_nobody_elses_are() {
+        let saved = "*raw\n:neutron-linuxbri-PREROUTING - [0:0]\n\
+            -A PREROUTING -i brqother-0000 -j CT --zone 9\n\
+            -A neutron-linuxbri-PREROUTING -m physdev --physdev-in brq6f0c8a8e-0d -m comment \
+            --comment \"Set zone for 1234567890\" -j CT --zone 4098\n\
+            -A neutron-linuxbri-PREROUTING -i brq6f0c8a8e-0d -m comment --comment \"Set zone for \
+            1234567890\" -j CT --zone 4098\n\
+            -A neutron-linuxbri-PREROUTING -m physdev --physdev-in tap12345678-90 -m comment \
+            --comment \"Set zone for 1234567890\" -j CT --zone 4098\nCOMMIT\n";
+        assert_eq!(zones(saved), BTreeMap::from([("brq6f0c8a8e-0d".to_owned(), 4098)]));
+        assert!(
+            zones("-A neutron-linuxbri-PREROUTING -i brqx -j CT --zone\n-i\n--zone 7").is_empty()
+        );
+    }
 
     #[test]
     fn chains_go_with_all_that_leads_to_them_and_nothing_else_does() {

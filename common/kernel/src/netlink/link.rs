@@ -149,6 +149,21 @@ impl Links {
         check_name(name)?;
         let mut query = LinkMessage::default();
         query.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        self.find(query).await.map_err(|source| refused("read", name, source))
+    }
+
+    /// The link with this number, or `None`.
+    ///
+    /// # Errors
+    ///
+    /// Passes on the kernel's refusal.
+    pub async fn numbered(&self, index: u32) -> Result<Option<Link>, KernelError> {
+        let mut query = LinkMessage::default();
+        query.header.index = index;
+        self.find(query).await.map_err(|source| refused("read", &format!("number {index}"), source))
+    }
+
+    async fn find(&self, mut query: LinkMessage) -> io::Result<Option<Link>> {
         query.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let mut found = None;
         let result = self
@@ -160,8 +175,7 @@ impl Links {
             .await;
         match result {
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => Ok(None),
-            Err(source) => Err(refused("read", name, source)),
-            Ok(()) => Ok(found),
+            result => result.map(|()| found),
         }
     }
 

@@ -12,7 +12,7 @@ use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use stackhand_model::MacAddr;
 
-use super::Links;
+use super::{Links, Write};
 use crate::KernelError;
 
 /// The Ethernet address under which a VXLAN link files its flood list.
@@ -50,6 +50,61 @@ pub struct Neighbour {
     pub address: IpAddr,
     /// Its Ethernet address.
     pub mac: MacAddr,
+}
+
+/// A change to one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryChange {
+    /// Sets a forwarding entry. An Ethernet address points to one host, the newest; the flood list
+    /// grows.
+    Forward(FdbEntry),
+    /// Removes a forwarding entry.
+    Unforward(FdbEntry),
+    /// Sets a neighbour for good, replacing what was known of the address.
+    Know(Neighbour),
+    /// Removes a neighbour.
+    Forget(Neighbour),
+}
+
+impl EntryChange {
+    fn describe(&self) -> Write {
+        match self {
+            Self::Forward(entry) => {
+                let more = if entry.mac == FLOOD { NLM_F_APPEND } else { NLM_F_REPLACE };
+                (RouteNetlinkMessage::NewNeighbour(describe_fdb(*entry)), NLM_F_CREATE | more)
+            }
+            Self::Unforward(entry) => (RouteNetlinkMessage::DelNeighbour(describe_fdb(*entry)), 0),
+            Self::Know(entry) => {
+                let message = RouteNetlinkMessage::NewNeighbour(describe_neighbour(*entry));
+                (message, NLM_F_CREATE | NLM_F_REPLACE)
+            }
+            Self::Forget(entry) => {
+                (RouteNetlinkMessage::DelNeighbour(describe_neighbour(*entry)), 0)
+            }
+        }
+    }
+
+    /// What the kernel's word means.
+    fn judge(&self, result: io::Result<()>) -> Result<(), KernelError> {
+        let Err(source) = result else { return Ok(()) };
+        let (action, object, fine) = match self {
+            Self::Forward(entry) => {
+                let fine = (entry.mac == FLOOD).then_some(nix::libc::EEXIST);
+                ("set", format!("FDB entry {}", entry.mac), fine)
+            }
+            Self::Unforward(entry) => {
+                ("remove", format!("FDB entry {}", entry.mac), Some(nix::libc::ENOENT))
+            }
+            Self::Know(entry) => ("set", format!("neighbour {}", entry.address), None),
+            Self::Forget(entry) => {
+                ("remove", format!("neighbour {}", entry.address), Some(nix::libc::ENOENT))
+            }
+        };
+        if fine.is_some() && source.raw_os_error() == fine {
+            return Ok(());
+        }
+        Err(refused(action, object, source))
+    }
 }
 
 impl Links {
@@ -94,56 +149,15 @@ impl Links {
         .map_err(|source| refused("list", "neighbours".to_owned(), source))
     }
 
-    /// Sets a forwarding entry. An Ethernet address points to one host, the newest; the flood
-    /// list grows. One that is there already is fine.
+    /// Makes changes to entries, in order, and tells how each came out: one that fails stops no
+    /// other. Thousands take little longer than the kernel needs for them.
     ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn set_forwarding(&self, entry: FdbEntry) -> Result<(), KernelError> {
-        let flood = entry.mac == FLOOD;
-        let flags = NLM_F_CREATE | if flood { NLM_F_APPEND } else { NLM_F_REPLACE };
-        let message = RouteNetlinkMessage::NewNeighbour(describe_fdb(entry));
-        match self.write(message, flags).await {
-            Err(error) if flood && error.raw_os_error() == Some(nix::libc::EEXIST) => Ok(()),
-            result => {
-                result.map_err(|source| refused("set", format!("FDB entry {}", entry.mac), source))
-            }
-        }
-    }
-
-    /// Removes a forwarding entry. One that is not there is fine.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn remove_forwarding(&self, entry: FdbEntry) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::DelNeighbour(describe_fdb(entry));
-        gone_is_fine(self.write(message, 0).await)
-            .map_err(|source| refused("remove", format!("FDB entry {}", entry.mac), source))
-    }
-
-    /// Sets a neighbour for good, replacing what was known of the address.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn set_neighbour(&self, entry: Neighbour) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::NewNeighbour(describe_neighbour(entry));
-        self.write(message, NLM_F_CREATE | NLM_F_REPLACE)
-            .await
-            .map_err(|source| refused("set", format!("neighbour {}", entry.address), source))
-    }
-
-    /// Removes a neighbour. One that is not there is fine.
-    ///
-    /// # Errors
-    ///
-    /// Passes on the kernel's refusal.
-    pub async fn remove_neighbour(&self, entry: Neighbour) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::DelNeighbour(describe_neighbour(entry));
-        gone_is_fine(self.write(message, 0).await)
-            .map_err(|source| refused("remove", format!("neighbour {}", entry.address), source))
+    /// To set an entry that is there already is fine, and so is to remove one that is not.
+    pub async fn change_entries(&self, changes: &[EntryChange]) -> Vec<Result<(), KernelError>> {
+        let results =
+            self.write_all(changes.iter().map(|change| change.describe()).collect()).await;
+        let results = changes.iter().zip(results);
+        results.map(|(change, result)| change.judge(result)).collect()
     }
 }
 
@@ -236,13 +250,6 @@ fn ip(address: &NeighbourAddress) -> Option<IpAddr> {
             .or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from))
             .ok(),
         _ => None,
-    }
-}
-
-fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(()),
-        other => other,
     }
 }
 
