@@ -6,6 +6,7 @@ pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod delete;
 pub(crate) mod doctor;
+pub(crate) mod drift;
 pub(crate) mod events;
 pub(crate) mod explain;
 pub(crate) mod export;

@@ -28,7 +28,7 @@ use crate::table::{Cell, Table, Tone};
 #[derive(Args, Debug)]
 pub(crate) struct Sources {
     /// A manifest: a file, a folder, or - for standard input; may be repeated
-    #[arg(short, long = "file", required = true, value_name = "FILE|DIR|-")]
+    #[arg(short, long = "file", value_name = "FILE|DIR|-")]
     files: Vec<PathBuf>,
     /// What ${NAME} in the manifest stands for; may be repeated
     #[arg(long = "set", value_parser = source::parse_set, value_name = "NAME=VALUE")]
@@ -52,6 +52,9 @@ impl Sources {
     ///
     /// Every problem of all files.
     pub(crate) fn read(&self) -> Result<Vec<Piece>> {
+        if self.files.is_empty() {
+            bail!(Usage::new("give a manifest by --file: a file, a folder, or -".to_owned()));
+        }
         let values = source::values(&self.values, &self.set)?;
         Ok(source::read(&self.files, &values)?)
     }
@@ -90,14 +93,20 @@ pub(crate) struct Apply {
 
 /// Show what applying a manifest would change: documents, and steps on the hosts.
 ///
-/// Sends nothing that is kept. Exit status 3 when something would change.
+/// With --host and without a manifest: what on that host differs from what its agents hold, and what
+/// they would do about it. Sends nothing that is kept, touches nothing. Exit status 3 when something
+/// would change.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl plan -f cloud.yaml
-  agentctl diff -f cloud.yaml -v")]
+  agentctl diff -f cloud.yaml -v
+  agentctl diff --host node1")]
 pub(crate) struct PlanCommand {
     #[command(flatten)]
     sources: Sources,
+    /// Compare this host with what its agents hold
+    #[arg(long, value_name = "HOST", conflicts_with_all = ["files", "prune", "assume_lost"])]
+    host: Option<String>,
     /// Show what would be done on the hosts too, in the kernel's terms
     #[arg(short = 'v', long)]
     steps: bool,
@@ -159,6 +168,9 @@ pub(crate) async fn run(args: &Apply, session: &mut Session) -> Result<Exit> {
 }
 
 pub(crate) async fn show_plan(args: &PlanCommand, session: &mut Session) -> Result<Exit> {
+    if let Some(host) = &args.host {
+        return super::drift::run(host, session).await;
+    }
     let pieces = args.sources.read()?;
     let fleet = session.fleet().await?;
     let mut gathered = gather_all(&fleet, &Filter::default()).await?;

@@ -1,7 +1,10 @@
 //! `agentctl explain`.
 //!
 //! The agents of both ports' hosts are asked for what they see at their end; here the halves are
-//! joined, and what concerns both ends is compared.
+//! joined, and what concerns both ends is compared. Where routers are on the way, the agent of each
+//! tells how the packet leaves it, and documents tell who is next.
+
+mod map;
 
 use std::net::IpAddr;
 
@@ -9,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
-use stackhand_model::{Kind, PortSpec, Spec};
+use stackhand_model::{Kind, PortId};
 
 use super::Session;
 use crate::console::{Output, tame};
@@ -17,12 +20,19 @@ use crate::exit::{Exit, Usage};
 use crate::fleet::Filter;
 use crate::objects::{self, Gathered, ObjectRow};
 
+use map::{Holder, Map, PortAt, RouterAt};
+
 /// A source port such as clients choose.
 const CLIENT: u16 = 49152;
 
+/// Routers on one way, at most: of more it is a loop.
+const MOST_ROUTERS: usize = 8;
+
 /// Tell whether one port reaches another, and which rule or fact allows or blocks it.
 ///
-/// Exit status 3 when it does not.
+/// The packet is followed through routers: a port of another network is reached by its own address
+/// where a router joins the two, and by its floating IP elsewhere. Exit status 3 when it does not
+/// get there.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl explain web-1 db-1 --proto tcp --port 5432
@@ -49,16 +59,19 @@ pub(crate) struct Explain {
 struct Explanation {
     passes: bool,
     packet: Value,
-    from: End,
-    to: End,
+    /// Ports that the packet leaves by and routers that it passes, in order; the port that it comes
+    /// to is last.
+    way: Vec<Leg>,
     /// What concerns both ends.
     between: Vec<Check>,
 }
 
-/// What one end's agent found.
+/// What one agent found of a port or a router.
 #[derive(Serialize)]
-struct End {
-    port: String,
+struct Leg {
+    /// `out of`, `through` or `into`.
+    step: &'static str,
+    name: String,
     host: String,
     checks: Vec<Check>,
 }
@@ -70,31 +83,184 @@ struct Check {
     finding: String,
 }
 
+impl Check {
+    fn new(what: &str, passes: bool, finding: impl Into<String>) -> Self {
+        Self { what: what.to_owned(), passes, finding: finding.into() }
+    }
+}
+
 pub(crate) async fn run(args: &Explain, session: &mut Session) -> Result<Exit> {
-    let packet = |from, to| packet(args, from, to);
     let fleet = session.fleet().await?;
     let all = objects::gather(&fleet, &Filter::default(), |member| {
-        (member.row.agent == Kind::Port.agent()).then_some(Some(Kind::Port))
+        (member.row.agent == Kind::Port.agent()).then_some(None)
     })
     .await?;
     let rows = objects::rows(&all.held);
-    let port = |name: &str| objects::find(&rows, Kind::Port, name, fleet.cloud());
+    let map = Map::new(&rows);
+    let port = |name: &str| {
+        let row = objects::find(&rows, Kind::Port, name, fleet.cloud())?;
+        map.port(PortId(row.id)).with_context(|| format!("{} is not a port", row.name))
+    };
     let (from, to) = (port(&args.from)?, port(&args.to)?);
-    let (source, destination) = (address(from, args.ipv6)?, address(to, args.ipv6)?);
-    let packet = packet(source, destination)?;
-    let mut between = vec![same_network(from, to)];
-    let (from_end, from_mtu) = half(&all, from, "egress", &packet, to).await?;
-    let (to_end, to_mtu) = half(&all, to, "ingress", &packet, from).await?;
-    between.push(mtus(from_mtu, to_mtu));
+    let (source, own) = (address(from, args.ipv6)?, address(to, args.ipv6)?);
+    let packet = packet(args, source, map.destination(from, to, own))?;
+    let mut journey = Journey { all: &all, map: &map, way: Vec::new(), between: Vec::new() };
+    journey.go(from, to, packet.clone()).await?;
+    let Journey { way, between, .. } = journey;
     fleet.close().await;
-    let checks = || from_end.checks.iter().chain(&between).chain(&to_end.checks);
-    let passes = checks().all(|check| check.passes);
-    let explanation = Explanation { passes, packet, from: from_end, to: to_end, between };
+    let passes = way.iter().flat_map(|leg| &leg.checks).chain(&between).all(|check| check.passes);
+    let explanation = Explanation { passes, packet, way, between };
     match session.console.output() {
         Output::Table | Output::Wide => session.console.text(&text(&explanation))?,
         _ => session.console.print_tree(&explanation)?,
     }
     Ok(if passes { Exit::Well } else { Exit::NotWell })
+}
+
+/// A packet under way.
+struct Journey<'a> {
+    all: &'a Gathered,
+    map: &'a Map<'a>,
+    way: Vec<Leg>,
+    between: Vec<Check>,
+}
+
+impl<'a> Journey<'a> {
+    /// Follows the packet from one port to the other, or as far as it gets.
+    async fn go(&mut self, from: PortAt<'a>, to: PortAt<'a>, mut packet: Value) -> Result<()> {
+        let ip = |field: &Value| field.as_str().and_then(|text| text.parse::<IpAddr>().ok());
+        let mut here = from;
+        let ends = ip(&packet["source"]).zip(ip(&packet["destination"]));
+        let (source, destination) = ends.context("the packet has no addresses")?;
+        let mut next = match self.map.first_hop(from, source, destination) {
+            Ok(next) => next,
+            Err(_) if from.spec.network == to.spec.network => destination,
+            Err(reason) => return self.ends(to, from, &packet, &reason).await,
+        };
+        let mut first_mtu = None;
+        for routers in 0..=MOST_ROUTERS {
+            let network = here.spec.network;
+            let (router, by) = match self.map.holder(network, next) {
+                Some(Holder::Port(port)) if port.row.id == to.row.id => {
+                    let mtu = self.half("out of", here, "egress", &packet, to).await?;
+                    let own = self.half("into", to, "ingress", &packet, here).await?;
+                    self.between.push(if routers == 0 {
+                        Check::new("network", true, format!("both are on network {network}"))
+                    } else {
+                        let word = if routers == 1 { "router" } else { "routers" };
+                        Check::new("network", true, format!("by way of {routers} {word}"))
+                    });
+                    if routers == 0 {
+                        self.between.push(mtus(mtu, own));
+                    } else if let Some(mtu) = first_mtu {
+                        let text = format!("packets of up to {mtu} bytes leave the first port");
+                        self.between.push(Check::new("mtu", true, text));
+                    }
+                    return Ok(());
+                }
+                Some(Holder::Router(router, by)) => (router, by),
+                Some(Holder::Port(other)) => {
+                    let text = format!("{next} is port {}, which forwards nothing", other.row.name);
+                    return self.ends(to, here, &packet, &text).await;
+                }
+                None => {
+                    let text = format!("nobody has {next} on network {network}");
+                    return self.ends(to, here, &packet, &text).await;
+                }
+            };
+            let mtu = self.half("out of", here, "egress", &packet, by).await?;
+            first_mtu = first_mtu.or(mtu);
+            let answer = self.passed(router, by, &packet).await?;
+            let out: Option<(PortId, IpAddr)> =
+                serde_json::from_value(answer["out"].clone()).unwrap_or_default();
+            if answer["packet"].is_object() {
+                packet = answer["packet"].clone();
+            }
+            let Some((port, onwards)) = out else {
+                let text = format!("the packet ends in router {}", router.row.name);
+                return self.ends(to, by, &packet, &text).await;
+            };
+            let Some(port) = self.map.port(port) else {
+                let text = format!("no agent holds the document of port {port}");
+                return self.ends(to, by, &packet, &text).await;
+            };
+            (here, next) = (port, onwards);
+        }
+        let text = format!("the packet passes more than {MOST_ROUTERS} routers: a loop");
+        self.ends(to, here, &packet, &text).await
+    }
+
+    /// The packet does not get to `to`; whether it would be let in is told all the same.
+    async fn ends(
+        &mut self,
+        to: PortAt<'a>,
+        last: PortAt<'a>,
+        packet: &Value,
+        reason: &str,
+    ) -> Result<()> {
+        self.between.push(Check::new("network", false, reason));
+        self.half("into", to, "ingress", packet, last).await.map(drop)
+    }
+
+    /// Asks the agent of a port's host about its end; returns the link's MTU.
+    async fn half(
+        &mut self,
+        step: &'static str,
+        port: PortAt<'a>,
+        direction: &str,
+        packet: &Value,
+        peer: PortAt<'a>,
+    ) -> Result<Option<u64>> {
+        let asked = json!({
+            "direction": direction,
+            "packet": packet,
+            "peer": {"mac": peer.spec.mac, "host": peer.spec.host},
+        });
+        let answer = self.ask(step, port.row, &port.spec.host, asked).await?;
+        Ok(answer["mtu"].as_u64())
+    }
+
+    /// Asks the agent of a router's host what becomes of the packet in it.
+    async fn passed(
+        &mut self,
+        router: RouterAt<'a>,
+        by: PortAt<'a>,
+        packet: &Value,
+    ) -> Result<Value> {
+        let asked = json!({"port": by.row.id, "packet": packet});
+        self.ask("through", router.row, &router.spec.host, asked).await
+    }
+
+    async fn ask(
+        &mut self,
+        step: &'static str,
+        row: &ObjectRow,
+        host: &str,
+        asked: Value,
+    ) -> Result<Value> {
+        let (name, host) = (row.name.clone(), host.to_owned());
+        let is_there = |member: &&crate::fleet::Member| {
+            member.row.agent == Kind::Port.agent() && member.row.host == host
+        };
+        let Some(member) = self.all.members.iter().find(is_there) else {
+            let text = format!("no network-agent answers on {host}: what it sees is not known");
+            let checks = vec![Check::new("agent", false, text)];
+            self.way.push(Leg { step, name, host, checks });
+            return Ok(Value::Null);
+        };
+        let answer = member
+            .client
+            .act(row.document.object(), "explain", asked)
+            .await
+            .with_context(|| format!("cannot ask network-agent on {host} about {name}"))?;
+        let checks = answer["checks"].as_array().into_iter().flatten().map(|check| {
+            let text = |key: &str| check[key].as_str().unwrap_or_default();
+            Check::new(text("what"), check["passes"] == true, text("finding"))
+        });
+        let checks = checks.collect();
+        self.way.push(Leg { step, name, host, checks });
+        Ok(answer)
+    }
 }
 
 /// The packet that is asked about, as agents read it.
@@ -112,72 +278,12 @@ fn packet(args: &Explain, source: IpAddr, destination: IpAddr) -> Result<Value> 
     }))
 }
 
-fn spec(row: &ObjectRow) -> Result<&PortSpec> {
-    match &row.document.spec {
-        Spec::Port(port) => Ok(port),
-        _ => bail!("{} is not a port", row.name),
-    }
-}
-
-fn address(row: &ObjectRow, six: bool) -> Result<IpAddr> {
+fn address(port: PortAt<'_>, six: bool) -> Result<IpAddr> {
     let family = if six { "IPv6" } else { "IPv4" };
-    let mut addresses = spec(row)?.fixed_ips.iter().map(|fixed| fixed.address);
+    let mut addresses = port.spec.fixed_ips.iter().map(|fixed| fixed.address);
     addresses
         .find(|address| address.is_ipv6() == six)
-        .with_context(|| format!("port {} has no {family} address", row.name))
-}
-
-/// Asks the agent of a port's host about its end.
-async fn half(
-    all: &Gathered,
-    row: &ObjectRow,
-    direction: &str,
-    packet: &Value,
-    peer: &ObjectRow,
-) -> Result<(End, Option<u64>)> {
-    let (own, other) = (spec(row)?, spec(peer)?);
-    let host = own.host.clone();
-    let port = row.name.clone();
-    let member = all
-        .members
-        .iter()
-        .find(|member| member.row.agent == Kind::Port.agent() && member.row.host == host);
-    let Some(member) = member else {
-        let finding = format!("no network-agent answers on {host}: what it sees is not known");
-        let checks = vec![Check { what: "agent".to_owned(), passes: false, finding }];
-        return Ok((End { port, host, checks }, None));
-    };
-    let asked = json!({
-        "direction": direction,
-        "packet": packet,
-        "peer": {"mac": other.mac, "host": other.host},
-    });
-    let answer = member
-        .client
-        .act(row.document.object(), "explain", asked)
-        .await
-        .with_context(|| format!("cannot ask network-agent on {host} about port {port}"))?;
-    let checks = answer["checks"].as_array().into_iter().flatten().map(|check| Check {
-        what: check["what"].as_str().unwrap_or_default().to_owned(),
-        passes: check["passes"] == true,
-        finding: check["finding"].as_str().unwrap_or_default().to_owned(),
-    });
-    Ok((End { port, host, checks: checks.collect() }, answer["mtu"].as_u64()))
-}
-
-fn same_network(from: &ObjectRow, to: &ObjectRow) -> Check {
-    let networks = spec(from).ok().zip(spec(to).ok()).map(|(a, b)| (a.network, b.network));
-    let (passes, finding) = match networks {
-        Some((one, other)) if one == other => (true, format!("both are on network {one}")),
-        Some((one, other)) => (
-            false,
-            format!(
-                "they are on networks {one} and {other}; ways through routers are not explained yet"
-            ),
-        ),
-        None => (false, "one of them is not a port".to_owned()),
-    };
-    Check { what: "network".to_owned(), passes, finding }
+        .with_context(|| format!("port {} has no {family} address", port.row.name))
 }
 
 /// Links of different MTUs lose big packets in silence: a bridge tells nobody.
@@ -189,7 +295,7 @@ fn mtus(from: Option<u64>, to: Option<u64>) -> Check {
         (Some(mtu), Some(_)) => (true, format!("packets of up to {mtu} bytes fit")),
         _ => (true, "the MTU of one end is not known".to_owned()),
     };
-    Check { what: "mtu".to_owned(), passes, finding }
+    Check::new("mtu", passes, finding)
 }
 
 /// The answer for people.
@@ -202,11 +308,10 @@ fn text(explanation: &Explanation) -> String {
             lines.push(format!("  {mark}  {:<15} {}", tame(what), tame(finding)));
         }
     };
-    let End { port, host, checks } = &explanation.from;
-    tell(format!("out of {port} on {host}"), checks);
+    for Leg { step, name, host, checks } in &explanation.way {
+        tell(format!("{step} {} on {}", tame(name), tame(host)), checks);
+    }
     tell("between".to_owned(), &explanation.between);
-    let End { port, host, checks } = &explanation.to;
-    tell(format!("into {port} on {host}"), checks);
     let word = if explanation.passes { "It passes." } else { "It does not pass." };
     lines.push(word.to_owned());
     lines.join("\n") + "\n"
@@ -233,14 +338,16 @@ mod tests {
 
     #[test]
     fn what_stands_in_the_way_is_marked_for_people() {
-        let check = |passes| Check { what: "link".into(), passes, finding: "tap1 is down".into() };
-        let end =
-            |passes| End { port: "a".into(), host: "one".into(), checks: vec![check(passes)] };
+        let leg = |step, passes| Leg {
+            step,
+            name: "a".into(),
+            host: "one".into(),
+            checks: vec![Check::new("link", passes, "tap1 is down")],
+        };
         let explanation = Explanation {
             passes: false,
             packet: json!(null),
-            from: end(true),
-            to: end(false),
+            way: vec![leg("out of", true), leg("into", false)],
             between: vec![],
         };
         let text = text(&explanation);
