@@ -478,6 +478,10 @@ impl Backend for LvmBackend {
         if !volume.active {
             self.change("wipe", leftover, "lvchange", &["-ay", &full])?;
         }
+        if !volume.writable {
+            // What a snapshot was kept in.
+            self.change("wipe", leftover, "lvchange", &["-prw", &full])?;
+        }
         let target = self.open_to_write(&path)?;
         let from = self.roll.progress(leftover);
         transfer::wipe(&target, &path, from, self.options.wipe_rate, progress, |done| {

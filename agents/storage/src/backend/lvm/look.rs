@@ -129,6 +129,7 @@ mod tests {
             bytes: 1000,
             tags: tags.iter().map(|&tag| tag.to_owned()).collect(),
             kind: attributes.chars().next().unwrap(),
+            writable: true,
             state: attributes.chars().nth(4).unwrap(),
             origin: None,
             pool: None,

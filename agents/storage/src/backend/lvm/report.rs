@@ -32,6 +32,8 @@ pub(super) struct Volume {
     pub(super) tags: BTreeSet<String>,
     /// First letter of the attributes: `V` thin, `t` pool, `s` snapshot, …
     pub(super) kind: char,
+    /// Second letter: `r` is read-only, as snapshots are.
+    pub(super) writable: bool,
     /// Fifth letter: `a` active, `I` an invalid snapshot, …
     pub(super) state: char,
     pub(super) origin: Option<String>,
@@ -110,7 +112,8 @@ fn volume(row: Row) -> Result<Volume, String> {
         bytes: number("lv_size", &row.lv_size)?,
         tags: row.lv_tags.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect(),
         kind: attributes.next().unwrap_or('-'),
-        state: attributes.nth(3).unwrap_or('-'),
+        writable: attributes.next() != Some('r'),
+        state: attributes.nth(2).unwrap_or('-'),
         origin: some(row.origin),
         pool: some(row.pool_lv),
         fill: Fill {
@@ -180,6 +183,10 @@ mod tests {
         assert_eq!(group.volumes[1].fill.data, 1250);
         assert!(group.volumes[1].tags.contains("stackhand"));
         assert_eq!((group.volumes[1].kind, group.volumes[1].state), ('V', 'a'));
+        assert!(group.volumes[1].writable);
+        let kept = row("_snapshot-1", &json!({"lv_attr": "sri-a-s---"}));
+        let kept = parsed(&[kept]).unwrap().unwrap().volumes.remove(0);
+        assert_eq!((kept.kind, kept.writable, kept.state), ('s', false, 'a'));
     }
 
     #[test]
