@@ -3,23 +3,28 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
+#[path = "support/machine.rs"]
+mod machine;
+
 /// Named `guest` because that is how the test tiers know it, see `.config/nextest.toml`.
 mod guest {
     use std::fs;
-    use std::path::{Path, PathBuf};
-    use std::process::{Command, Output};
+    use std::path::PathBuf;
+    use std::process::Command;
     use std::sync::Arc;
     use std::time::Duration;
 
     use serde_json::{Value, json};
     use stackhand_bus::local::LocalTransport;
-    use stackhand_model::{AgentKind, Connection, Document, Kind, ObjectRef, State};
+    use stackhand_model::{AgentKind, Document, Kind, ObjectRef, State};
     use stackhand_runtime::client::AgentClient;
     use stackhand_storage::export::Exporter;
     use stackhand_storage::export::tgt::Tgt;
     use stackhand_testkit::{Spawned, free_port, wait_for, wait_for_sync};
     use tempfile::TempDir;
     use uuid::Uuid;
+
+    use super::machine::{Guest, Iscsi, digest};
 
     const LIMIT: Duration = Duration::from_secs(90);
 
@@ -108,20 +113,7 @@ mod guest {
 
         async fn connection(&self, attachment: &Document) -> Iscsi {
             let observed = self.until(attachment.object(), State::Active).await;
-            let connection = serde_json::from_value(observed["connection"].clone()).unwrap();
-            let Connection::Iscsi { portal, iqn, lun, initiator, username, password, .. } =
-                connection
-            else {
-                panic!("{connection:?}")
-            };
-            Iscsi {
-                portal,
-                iqn,
-                lun,
-                initiator: initiator.unwrap(),
-                user: username.unwrap(),
-                password: password.unwrap().0,
-            }
+            Iscsi::new(&serde_json::from_value(observed["connection"].clone()).unwrap())
         }
     }
 
@@ -146,123 +138,6 @@ mod guest {
         document("Attachment", id, 1, &spec)
     }
 
-    /// How a guest's QEMU reaches a volume.
-    #[derive(Clone)]
-    struct Iscsi {
-        portal: String,
-        iqn: String,
-        lun: u32,
-        initiator: String,
-        user: String,
-        password: String,
-    }
-
-    impl Iscsi {
-        /// The disk as QEMU's options name it; the password is the secret `chap`.
-        fn options(&self) -> String {
-            format!(
-                "driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={},file.target={},\
-                 file.lun={},file.initiator-name={},file.user={},file.password-secret=chap",
-                self.portal, self.iqn, self.lun, self.initiator, self.user
-            )
-        }
-
-        /// What `qemu-img info` says of it.
-        fn info(&self) -> Output {
-            let secret = format!("secret,id=chap,data={}", self.password);
-            run("qemu-img", &["info", "--object", &secret, "--image-opts", &self.options()])
-        }
-    }
-
-    fn run(program: &str, args: &[&str]) -> Output {
-        #[expect(clippy::disallowed_methods, reason = "set-up of a test, ended by its own limit")]
-        let mut command = Command::new("/usr/bin/timeout");
-        command.arg("300").arg(program).args(args).output().unwrap()
-    }
-
-    fn top() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
-    }
-
-    /// A guest that runs a shell script and powers off.
-    struct Guest {
-        machine: Spawned,
-        _files: TempDir,
-    }
-
-    impl Guest {
-        fn start(disk: &Iscsi, script: &str) -> Self {
-            let image = run(top().join("scripts/guest-image").to_str().unwrap(), &[]);
-            let folder = String::from_utf8(image.stdout).unwrap();
-            let folder = Path::new(folder.trim());
-            assert!(folder.join("vmlinuz").exists(), "{}", String::from_utf8_lossy(&image.stderr));
-            // A second archive behind the first: its files replace those of the same name.
-            let files = tempfile::tempdir().unwrap();
-            let init = format!(
-                "#!/bin/sh\nexport PATH=/bin\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n\
-                 mount -t devtmpfs dev /dev\nwhile read -r module; do insmod /modules/$module; done \
-                 </modules/order\necho begun\n( set -e\n{script}\n) && echo done-well || echo \
-                 done-badly\nsync\npoweroff -f\n"
-            );
-            let tree = files.path().join("tree");
-            fs::create_dir(&tree).unwrap();
-            fs::write(tree.join("init"), init).unwrap();
-            let initrd = files.path().join("initrd");
-            let pack = format!(
-                "cd {tree} && chmod 755 init && cp {from} {initrd} && \
-                 echo init | cpio --quiet -o -H newc | gzip -1 >>{initrd}",
-                tree = tree.display(),
-                from = folder.join("initrd").display(),
-                initrd = initrd.display(),
-            );
-            let packed = run("/bin/bash", &["-c", &pack]);
-            assert!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr));
-            let machine = Spawned::start(
-                "/usr/bin/qemu-system-x86_64",
-                [
-                    "-accel".to_owned(),
-                    "tcg".into(),
-                    "-m".into(),
-                    "256".into(),
-                    "-nodefaults".into(),
-                    "-display".into(),
-                    "none".into(),
-                    "-no-reboot".into(),
-                    "-serial".into(),
-                    "stdio".into(),
-                    "-kernel".into(),
-                    folder.join("vmlinuz").display().to_string(),
-                    "-initrd".into(),
-                    initrd.display().to_string(),
-                    "-append".into(),
-                    "console=ttyS0 quiet panic=-1".into(),
-                    "-object".into(),
-                    format!("secret,id=chap,data={}", disk.password),
-                    "-drive".into(),
-                    format!("if=virtio,{}", disk.options()),
-                ],
-            );
-            Self { machine, _files: files }
-        }
-
-        fn finish(mut self) -> String {
-            let status = self.machine.wait(LIMIT);
-            let said = self.machine.output();
-            assert!(status.success() && said.contains("done-well"), "{said}");
-            assert!(!said.contains("I/O error"), "{said}");
-            said
-        }
-    }
-
-    /// The digest that a guest printed after `mark`.
-    fn digest(said: &str, mark: &str) -> String {
-        let (_, rest) = said.split_once(mark).unwrap_or_else(|| panic!("no {mark} in {said}"));
-        let digest: String =
-            rest.trim_start().chars().take_while(char::is_ascii_hexdigit).collect();
-        assert_eq!(digest.len(), 64, "{said}");
-        digest
-    }
-
     #[tokio::test]
     async fn what_one_guest_writes_over_iscsi_another_reads_and_agents_may_die_meanwhile() {
         let bench = Bench::new();
@@ -283,14 +158,14 @@ mod guest {
         // A guest writes; the agent is killed under it and comes back with nothing to do.
         let guest = Guest::start(
             &disk,
-            "for turn in 1 2 3 4; do dd if=/dev/urandom of=/dev/vda bs=1M count=8 2>/dev/null; \
+            "for turn in 1 2 3 4; do dd if=/dev/urandom of=/dev/vdb bs=1M count=8 2>/dev/null; \
              sync; echo turn-$turn; sleep 1; done\n\
              echo 3 >/proc/sys/vm/drop_caches\n\
-             echo wrote $(dd if=/dev/vda bs=1M count=8 2>/dev/null | sha256sum)",
+             echo wrote $(dd if=/dev/vdb bs=1M count=8 2>/dev/null | sha256sum)",
         );
         let mut agent = agent;
         wait_for_sync(LIMIT, "the guest to write", || {
-            guest.machine.output().contains("turn-1").then_some(())
+            guest.output().contains("turn-1").then_some(())
         });
         agent.kill();
         let mut agent = bench.agent();
@@ -311,8 +186,8 @@ mod guest {
         bench.apply(std::slice::from_ref(&again)).await;
         let second = bench.connection(&again).await;
         assert_ne!(second.password, disk.password);
-        let script = "echo read $(dd if=/dev/vda bs=1M count=8 2>/dev/null | sha256sum)\n\
-                      dd if=/dev/zero of=/dev/vda bs=1M count=8 2>/dev/null; sync";
+        let script = "echo read $(dd if=/dev/vdb bs=1M count=8 2>/dev/null | sha256sum)\n\
+                      dd if=/dev/zero of=/dev/vdb bs=1M count=8 2>/dev/null; sync";
         let said = Guest::start(&second, script).finish();
         assert_eq!(digest(&said, "read "), wrote);
 
@@ -328,7 +203,7 @@ mod guest {
         agent.kill();
         let mut agent = bench.agent();
         let third = bench.connection(&third).await;
-        let script = "echo read $(dd if=/dev/vda bs=1M count=8 2>/dev/null | sha256sum)";
+        let script = "echo read $(dd if=/dev/vdb bs=1M count=8 2>/dev/null | sha256sum)";
         wait_for_sync(LIMIT, "the targets to be back", || {
             (bench.exporter().observe().unwrap().len() == 2).then_some(())
         });

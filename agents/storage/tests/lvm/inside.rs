@@ -1,7 +1,9 @@
 //! What runs inside the machines, and what its tests share.
 
+mod agent;
 mod exports;
 mod killed;
+mod textbook;
 mod volumes;
 
 use std::collections::BTreeMap;
@@ -28,6 +30,8 @@ use uuid::Uuid;
 
 pub(super) const GROUP: &str = "cinder-volumes";
 pub(super) const MIB: u64 = 1 << 20;
+/// How long things may take, in a machine without hardware help on a busy host.
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 pub(super) const ME: &str = "iqn.2026-11.org.x:lab";
 
 pub(super) fn run(program: &str, args: &[&str]) -> Output {

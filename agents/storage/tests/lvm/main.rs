@@ -6,41 +6,65 @@
 
 mod lab {
     use std::path::Path;
+    use std::time::Duration;
 
-    /// Runs a test of this program inside a machine.
-    fn inside(test: &str) {
+    use stackhand_testkit::{Spawned, free_port};
+
+    use crate::guests;
+
+    /// Seconds that a machine may take.
+    const LIMIT: u64 = 540;
+
+    /// A machine that runs a test of this program.
+    fn machine(options: &[&str], test: &str) -> Spawned {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let program = std::env::current_exe().unwrap();
-        #[expect(clippy::disallowed_methods, reason = "the machine keeps a time limit of its own")]
-        let output = std::process::Command::new(here.join("../../tests/lab/run"))
-            .args(["--memory", "6144", "--time-limit", "540"])
-            .arg("--")
-            .arg(here.join("tests/lvm/prepare"))
-            .arg(program)
-            .args(["--ignored", "--exact", "--nocapture", "--test-threads=1"])
-            .arg(format!("inside::{test}"))
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        println!("{said}{}", String::from_utf8_lossy(&output.stderr));
+        let (prepare, program) = (here.join("tests/lvm/prepare"), std::env::current_exe().unwrap());
+        let (limit, test) = (LIMIT.to_string(), format!("inside::{test}"));
+        let arguments = ["--memory", "6144", "--time-limit", &limit]
+            .into_iter()
+            .chain(options.iter().copied())
+            .chain(["--", prepare.to_str().unwrap(), program.to_str().unwrap()])
+            .chain(["--ignored", "--exact", "--nocapture", "--test-threads=1", &test]);
+        Spawned::start(here.join("../../tests/lab/run"), arguments)
+    }
+
+    fn finish(mut machine: Spawned) {
+        let status = machine.wait(Duration::from_secs(LIMIT + 30));
+        let said = machine.output();
+        println!("{said}");
         // A test that is not there would pass, too.
-        assert!(output.status.success() && said.contains("1 passed"), "{test} failed inside");
+        assert!(status.success() && said.contains("1 passed"), "the test inside failed");
     }
 
     #[test]
     fn thin_volumes_keep_their_bytes_through_snapshots_clones_growth_and_reverts() {
-        inside("volumes::thin");
+        finish(machine(&[], "volumes::thin"));
     }
 
     #[test]
     fn the_kernels_target_lets_in_whom_it_should_and_open_iscsi_finds_the_right_device() {
-        inside("exports::lio");
+        finish(machine(&[], "exports::lio"));
     }
 
     #[test]
     fn an_agent_killed_before_and_after_each_command_of_lvm_finishes_what_it_had_begun() {
-        inside("killed::agent");
+        finish(machine(&[], "killed::agent"));
+    }
+
+    #[test]
+    fn guests_have_demo_v1_as_vdb_and_find_in_it_what_others_wrote() {
+        let (port, shared) = (free_port().to_string(), tempfile::tempdir().unwrap());
+        let folder = shared.path();
+        std::fs::write(folder.join("port"), &port).unwrap();
+        let options = ["--forward", &port, "--results", folder.to_str().unwrap()];
+        let mut machine = machine(&options, "textbook::demo_v1");
+        guests::serve(&mut machine, folder);
+        finish(machine);
     }
 }
+
+mod guests;
+#[path = "../support/machine.rs"]
+mod machine;
 
 mod inside;
