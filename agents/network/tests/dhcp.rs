@@ -73,10 +73,32 @@ fn a_client_that_no_port_knows_gets_nothing_and_is_counted() {
         documents.put("Network", "net", net, network("local", &json!({})));
         documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
         documents.settle(&agent).await;
-        guest.udhcpc("").await.unwrap_err();
+        guest.udhcpc("-t 3").await.unwrap_err();
         let facts = agent.facts().await;
         assert_eq!(facts["dhcp"]["answered"], 0, "{facts}");
         assert!(facts["dhcp"]["ignored"]["unknown_client"].as_u64().unwrap() >= 1, "{facts}");
+    });
+}
+
+#[test]
+fn testers_of_dhcp_servers_are_answered_also_by_a_relay() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let (net, a) = (Uuid::new_v4(), Uuid::new_v4());
+        let guest = Guest::start("guest", a, &mac(10)).await;
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        documents.put("Port", "a", a, port(net, "one", 10, &json!({"owner": "external"})));
+        documents.settle(&agent).await;
+        guest.udhcpc("").await.unwrap();
+        let client = mac(10);
+        for how in ["", "-i"] {
+            let line = format!("dhcping -v -t 10 -s 10.7.0.2 -c 10.7.0.10 -h {client} {how}");
+            let told = guest.run(&line).await;
+            assert!(told.contains("Got answer from: 10.7.0.2"), "{told}");
+        }
+        // This one speaks as a relay does: what it gets is for the relay's address and port.
+        guest.perfdhcp(&format!("-4 -b mac={client} 10.7.0.2")).await;
     });
 }
 
