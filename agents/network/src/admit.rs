@@ -1,16 +1,19 @@
 //! What can never work is refused before it is accepted. Pure: looks at documents alone.
 //!
 //! Refused are contradictions between documents: two ports with one address, two networks on one
-//! segment, an address outside its subnet, two ids that would give one link name. A port whose
-//! network is not known yet is accepted: it may come.
+//! segment, an address outside its subnet, a floating IP that somebody else has, two ids that would
+//! give one link name. A port whose network is not known yet is accepted: it may come.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use stackhand_model::{ErrorCode, Name, NetworkId, ObjectRef, PortId, Spec};
-use stackhand_model::{NetworkSpec, NetworkType, PortOwner, PortSpec};
+use stackhand_model::{
+    ErrorCode, FloatingIpId, Name, NetworkId, ObjectRef, PortId, RouterId, Spec,
+};
+use stackhand_model::{FloatingIpSpec, NetworkSpec, NetworkType, PortOwner, PortSpec, RouterSpec};
 use stackhand_runtime::agent::{Desired, Refusal};
 
+mod floating;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +25,8 @@ mod tests;
 pub fn admit(wanted: &Desired, changed: &BTreeSet<ObjectRef>) -> Result<(), Refusal> {
     let mut networks: BTreeMap<NetworkId, (&Name, &NetworkSpec)> = BTreeMap::new();
     let mut ports: BTreeMap<PortId, (&Name, &PortSpec)> = BTreeMap::new();
+    let mut routers = BTreeMap::new();
+    let mut floating = BTreeMap::new();
     for (object, held) in wanted.objects.iter().filter(|(_, held)| !held.deleting) {
         match &held.document.spec {
             Spec::Network(spec) => {
@@ -30,18 +35,25 @@ pub fn admit(wanted: &Desired, changed: &BTreeSet<ObjectRef>) -> Result<(), Refu
             Spec::Port(spec) => {
                 ports.insert(PortId(object.id), (&held.document.name, spec));
             }
+            Spec::Router(spec) => drop(routers.insert(RouterId(object.id), spec)),
+            Spec::FloatingIp(spec) => {
+                floating.insert(FloatingIpId(object.id), (&held.document.name, spec));
+            }
             _ => {}
         }
     }
-    let judge = Judge { networks, ports, changed };
+    let judge = Judge { networks, ports, routers, floating, changed };
     judge.network_pairs()?;
     judge.port_pairs()?;
-    judge.ports_on_networks()
+    judge.ports_on_networks()?;
+    judge.floating_ips()
 }
 
 struct Judge<'a> {
     networks: BTreeMap<NetworkId, (&'a Name, &'a NetworkSpec)>,
     ports: BTreeMap<PortId, (&'a Name, &'a PortSpec)>,
+    routers: BTreeMap<RouterId, &'a RouterSpec>,
+    floating: BTreeMap<FloatingIpId, (&'a Name, &'a FloatingIpSpec)>,
     changed: &'a BTreeSet<ObjectRef>,
 }
 
@@ -54,15 +66,16 @@ impl Judge<'_> {
         field: &str,
         what: &str,
     ) -> Result<(), Refusal> {
-        let (to_blame, blamed, against) = if self.changed.contains(&one) {
-            (one, one_name, other_name)
+        let ((to_blame, name), (holder, holders_name)) = if self.changed.contains(&one) {
+            ((one, one_name), (other, other_name))
         } else if self.changed.contains(&other) {
-            (other, other_name, one_name)
+            ((other, other_name), (one, one_name))
         } else {
             return Ok(());
         };
-        let kind = to_blame.kind;
-        let message = format!("{kind} {blamed}: {field}: {what} is that of {kind} {against}, too");
+        let (kind, holders_kind) = (to_blame.kind, holder.kind);
+        let message =
+            format!("{kind} {name}: {field}: {what} is that of {holders_kind} {holders_name}, too");
         Err(Refusal::new(ErrorCode::Conflict, message).about(to_blame).at(field))
     }
 

@@ -90,3 +90,45 @@ fn what_is_to_go_stands_in_nobodys_way() {
         put(&mut desired, "Port", 3 << 100, "new", &port("fa:16:3e:00:00:01", "main", "10.0.0.5"));
     admit(&desired, &[object].into()).unwrap();
 }
+
+#[test]
+fn a_floating_ip_is_on_its_routers_external_network_and_nobody_elses() {
+    let floating = |router: u128, address: &str| {
+        json!({"address": address, "router": Uuid::from_u128(router), "port_forwardings": [
+            {"protocol": "tcp", "external_port": 80, "internal_address": "10.0.0.5",
+             "internal_port": 80}]})
+    };
+    let (gateway, other_gateway) = (4 << 100, 5 << 100);
+    let (router, other_router) = (6 << 100, 7 << 100);
+    let mut desired = world();
+    for (port_id, last, router) in [(gateway, 7, router), (other_gateway, 8, other_router)] {
+        let mut spec =
+            port(&format!("fa:16:3e:00:00:{last:02x}"), "main", &format!("10.0.0.{last}"));
+        spec["owner"] = json!("router-gateway");
+        put(&mut desired, "Port", port_id, &format!("gateway{last}"), &spec);
+        let spec = json!({"host": "one", "gateway": {"port": Uuid::from_u128(port_id)}});
+        put(&mut desired, "Router", router, &format!("router{last}"), &spec);
+    }
+    let first = put(&mut desired, "FloatingIp", 8 << 100, "first", &floating(router, "10.0.0.50"));
+    admit(&desired, &[first].into()).unwrap();
+    let mut refusal = |router: u128, address: &str| {
+        let object = put(&mut desired, "FloatingIp", 9 << 100, "new", &floating(router, address));
+        let refusal = admit(&desired, &[object].into()).unwrap_err();
+        assert_eq!((refusal.code, refusal.object), (ErrorCode::Conflict, Some(object)));
+        assert_eq!(refusal.field.as_deref(), Some("spec.address"));
+        refusal.message
+    };
+    // Another router on the same external network is no other place for an address.
+    let message = refusal(other_router, "10.0.0.50");
+    assert_eq!(message, "FloatingIp new: spec.address: 10.0.0.50 is that of FloatingIp first, too");
+    let message = refusal(router, "10.0.0.5");
+    assert_eq!(message, "FloatingIp new: spec.address: 10.0.0.5 is that of Port web, too");
+    let message = refusal(router, "10.9.0.5");
+    assert!(
+        message.ends_with("where its router's gateway is; take an address of 10.0.0.0/24"),
+        "{message}"
+    );
+    // What is accepted already stays accepted, whatever comes beside it.
+    let web = PortId(Uuid::from_u128(PORT)).object();
+    admit(&desired, &[web].into()).unwrap();
+}
