@@ -493,7 +493,7 @@ impl Agent for NetworkAgent {
             known.retain(|object| !work.due.contains(object));
             known.extend(stuck);
         }
-        let mut troubles = outcome::troubles(&work.desired, &wish, &left, unfiltered);
+        let mut troubles = outcome::troubles(&left, unfiltered);
         // A guest must not be open between that agent's filter and ours.
         if unfiltered.is_none() {
             troubles.extend(self.remove_leftovers().await);

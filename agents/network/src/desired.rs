@@ -8,6 +8,7 @@
 //! taken from what was seen, because documents leave the MTU open on purpose.
 
 mod dhcp;
+mod dhcp6;
 mod guests;
 mod routers;
 #[cfg(test)]

@@ -132,6 +132,13 @@ pub const ROUTING: Routing = Routing {
     v6: Some(RoutingV6 { forwarding: true, accept_ra: 0, accept_dad: 0 }),
 };
 
+/// The settings of a link that serves guests by IPv6 and routes nothing.
+pub const SERVING: Routing = Routing {
+    forwarding: false,
+    v6: Some(RoutingV6 { forwarding: false, accept_ra: 0, accept_dad: 0 }),
+    ..ROUTING
+};
+
 /// Settings of a link that can be changed in place. What is `None` is nobody's business.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Set {

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod checks;
 pub mod desired;
 pub mod firewall;
+mod frame;
 pub mod freshness;
 pub mod l2;
 pub mod l3;

@@ -11,6 +11,7 @@
 //! network's storm is its own.
 
 pub mod dhcp;
+pub mod dhcp6;
 pub mod dns;
 mod fleet;
 pub mod metadata;
@@ -35,6 +36,8 @@ pub struct Site {
     pub object: ObjectRef,
     /// Who gets which IPv4 address.
     pub dhcp: Option<Arc<dhcp::Table>>,
+    /// Who gets which IPv6 addresses and settings.
+    pub dhcp6: Option<Arc<dhcp6::Table>>,
     /// Which names have which addresses.
     pub dns: Option<Arc<dns::Zone>>,
     /// Who may read which metadata.
@@ -47,7 +50,7 @@ impl Site {
     /// A site that serves nothing.
     #[must_use]
     pub fn of(object: ObjectRef) -> Self {
-        Self { object, dhcp: None, dns: None, metadata: None, ra: None }
+        Self { object, dhcp: None, dhcp6: None, dns: None, metadata: None, ra: None }
     }
 
     /// What is served, for the network's status.
@@ -59,6 +62,7 @@ impl Site {
             "namespace": space,
             "servers": servers,
             "leases": self.dhcp.as_ref().map_or(0, |table| table.clients.len()),
+            "clients6": self.dhcp6.as_ref().map_or(0, |table| table.clients.len()),
         })
     }
 }
@@ -67,6 +71,7 @@ impl Site {
 #[derive(Debug)]
 pub struct Services {
     dhcp: Fleet<dhcp::Server>,
+    dhcp6: Fleet<dhcp6::Server>,
     dns: Fleet<dns::Server>,
     metadata: Fleet<metadata::Server>,
     ra: Fleet<ra::Server>,
@@ -78,6 +83,7 @@ impl Services {
     pub fn new() -> Self {
         Self {
             dhcp: Fleet::new(dhcp::Server::default()),
+            dhcp6: Fleet::new(dhcp6::Server::default()),
             dns: Fleet::new(dns::Server::default()),
             metadata: Fleet::new(metadata::Server::default()),
             ra: Fleet::new(ra::Server::default()),
@@ -87,6 +93,7 @@ impl Services {
     /// Stops what is not wanted any more: a socket would keep its namespace.
     pub fn retain(&mut self, wanted: &BTreeMap<At, Site>) {
         self.dhcp.retain(|at| wanted.get(at).is_some_and(|site| site.dhcp.is_some()));
+        self.dhcp6.retain(|at| wanted.get(at).is_some_and(|site| site.dhcp6.is_some()));
         self.dns.retain(|at| wanted.get(at).is_some_and(|site| site.dns.is_some()));
         self.metadata.retain(|at| wanted.get(at).is_some_and(|site| site.metadata.is_some()));
         self.ra.retain(|at| wanted.get(at).is_some_and(|site| site.ra.is_some()));
@@ -105,6 +112,7 @@ impl Services {
             let Some(link) = find(at) else { continue };
             let served = [
                 self.dhcp.serve(at, link, site.dhcp.as_ref()).await,
+                self.dhcp6.serve(at, link, site.dhcp6.as_ref()).await,
                 self.dns.serve(at, link, site.dns.as_ref()).await,
                 self.metadata.serve(at, link, site.metadata.as_ref()).await,
                 self.ra.serve(at, link, site.ra.as_ref()).await,
@@ -121,6 +129,7 @@ impl Services {
     pub fn facts(&self) -> Value {
         json!({
             "dhcp": self.dhcp.shared().facts(self.dhcp.len()),
+            "dhcp6": self.dhcp6.shared().facts(self.dhcp6.len()),
             "dns": self.dns.shared().facts(self.dns.len()),
             "metadata": self.metadata.shared().facts(self.metadata.len()),
             "router_advertisements": self.ra.shared().facts(self.ra.len()),
@@ -131,6 +140,7 @@ impl Services {
     #[must_use]
     pub fn readings(&self) -> Vec<Reading> {
         let mut readings = dhcp::Server::readings(self.dhcp.shared());
+        readings.extend(dhcp6::Server::readings(self.dhcp6.shared()));
         readings.extend(dns::Server::readings(self.dns.shared()));
         readings.extend(metadata::Server::readings(self.metadata.shared()));
         readings.extend(ra::Server::readings(self.ra.shared()));

@@ -495,23 +495,6 @@ fn facts_say_what_the_kernel_can_do_and_how_it_filters() {
         assert_eq!(facts["abilities"]["vxlan"], json!(true), "{facts}");
         assert_eq!(facts["firewall"]["enforced"], json!(true), "{facts}");
         assert!(!facts["kernel"].as_str().unwrap().is_empty());
-        let net = Uuid::new_v4();
-        let mut documents = Documents::default();
-        documents.put("Network", "net", net, network("local", &json!({})));
-        documents.put("Port", "a", Uuid::new_v4(), port(net, "one", 10, &json!({})));
-        let more = json!({
-            "subnets": [{"name": "six", "cidr": "fd00::/64", "ipv6_mode": "dhcpv6-stateful"}],
-        });
-        let six = Uuid::new_v4();
-        documents.put("Network", "six", six, network("local", &more));
-        let on_six = json!({
-            "network": six, "host": "one", "mac": "fa:16:3e:00:00:06",
-            "fixed_ips": [{"subnet": "six", "address": "fd00::6"}],
-        });
-        documents.put("Port", "six", Uuid::new_v4(), on_six);
-        documents.pass(&agent).await;
-        let told = agent.troubles();
-        assert!(told.iter().any(|trouble| trouble.contains("DHCPv6 is not served")), "{told:?}");
     });
 }
 

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 use stackhand_model::{
-    Document, FloatingIpSpec, Ipv6Mode, NetworkId, ObjectRef, PortId, PortSpec, RouterId,
-    RouterSpec, SecurityGroupId, Spec,
+    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortSpec, RouterId, RouterSpec,
+    SecurityGroupId, Spec,
 };
 use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
 
@@ -247,30 +247,8 @@ impl Host<'_> {
 }
 
 /// What is wrong with the host as a whole.
-pub(super) fn troubles(
-    desired: &Desired,
-    wish: &HostWish,
-    left: &Plan,
-    unfiltered: Option<&str>,
-) -> Vec<String> {
+pub(super) fn troubles(left: &Plan, unfiltered: Option<&str>) -> Vec<String> {
     let mut troubles = Vec::new();
-    let unserved = desired.objects.values().any(|held| match &held.document.spec {
-        Spec::Network(network) => {
-            wish.wired.contains_key(&NetworkId(held.document.id))
-                && network.subnets.iter().any(|subnet| {
-                    use Ipv6Mode::{Dhcpv6Stateful, Dhcpv6Stateless};
-                    matches!(subnet.ipv6_mode, Some(Dhcpv6Stateful | Dhcpv6Stateless))
-                })
-        }
-        _ => false,
-    });
-    if unserved {
-        troubles.push(
-            "DHCPv6 is not served yet: routers advertise subnets with ipv6_mode dhcpv6-stateful or \
-             dhcpv6-stateless, and nobody answers; use slaac"
-                .to_owned(),
-        );
-    }
     if let Some(reason) = unfiltered {
         troubles.push(format!("security groups and anti-spoofing are not enforced: {reason}"));
     }

@@ -15,16 +15,17 @@ use stackhand_model::{MacAddr, NetworkId, PortId};
 use stackhand_model::{NetworkSpec, PortOwner, PortSpec, Subnet};
 use uuid::Uuid;
 
-use super::{Builder, needs_tap};
-use crate::l2::{At, Make, Set, Wanted};
+use super::dhcp6::Server;
+use super::{Builder, dhcp6, needs_tap};
+use crate::l2::{At, Make, SERVING, Set, Wanted};
 use crate::names::{self, Mark};
 use crate::services::dhcp::{self, Client, Scope, Table};
-use crate::services::metadata::ADDRESS_V4;
+use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6};
 use crate::services::{Site, dns};
 
-/// Whether this host serves the network's IPv4 guests.
+/// Whether this host serves the network's guests.
 pub(super) fn serves(network: &NetworkSpec, host: &str, has_taps: bool) -> bool {
-    let wanted = network.subnets.iter().any(is_served);
+    let wanted = network.subnets.iter().any(|it| is_served(it) || dhcp6::is_served(it));
     wanted
         && if network.dhcp_hosts.is_empty() { has_taps } else { network.dhcp_hosts.contains(host) }
 }
@@ -43,10 +44,7 @@ impl Builder<'_> {
         mtu: u32,
         bridge: &str,
     ) -> Option<bool> {
-        let own = self
-            .documents
-            .ports_of(id)
-            .find(|(_, port)| port.owner == PortOwner::Dhcp && port.host == self.local.host);
+        let Server { port, mac, spec: own } = self.dhcp_server(id, true);
         if own.is_none() && network.dhcp_hosts.len() > 1 {
             self.fail(
                 id.object(),
@@ -59,15 +57,11 @@ impl Builder<'_> {
             return None;
         }
         let kept_apart = own.is_none() && network.dhcp_hosts.is_empty();
-        let (port, mac) = match own {
-            Some((port, spec)) => (port, spec.mac),
-            None => derived(id),
-        };
         let mut scopes = Vec::new();
         let mut addresses = BTreeSet::new();
         for subnet in network.subnets.iter().filter(|subnet| is_served(subnet)) {
             let IpNet::V4(net) = subnet.cidr else { continue };
-            let Some(server) = self.server_address(id, subnet, own.map(|(_, port)| port)) else {
+            let Some(server) = self.server_address(id, subnet, own) else {
                 self.fail(
                     id.object(),
                     format!(
@@ -81,26 +75,35 @@ impl Builder<'_> {
             scopes.push(self.scope(id, subnet, net, server));
             addresses.extend(Ipv4Net::new(server, net.prefix_len()).map(IpNet::V4));
         }
-        if scopes.is_empty() {
+        let domain = self.domain(network);
+        let mut search = vec![domain.clone()];
+        search.extend(network.search_domains.iter().filter(|name| **name != domain).cloned());
+        let six = self.dhcp6(id, network, mtu, &search, kept_apart);
+        if scopes.is_empty() && six.is_none() {
             return None;
+        }
+        let own6 = six.iter().flat_map(|six| &six.addresses);
+        let mut servers: BTreeSet<IpAddr> = own6.clone().map(|net| net.addr().into()).collect();
+        servers.extend(scopes.iter().map(|scope| IpAddr::V4(scope.server)));
+        addresses.extend(own6.copied().map(IpNet::V6));
+        let mut listen = BTreeSet::from([IpAddr::V4(ADDRESS_V4)]);
+        if six.is_some() && self.is_metadata6_ours(id, network) {
+            listen.insert(ADDRESS_V6.into());
+            addresses.extend(IpNet::new(ADDRESS_V6.into(), 64));
         }
         addresses.insert(IpNet::V4(Ipv4Net::from(ADDRESS_V4)));
         let space = names::dhcp_space(id);
         let near = At::host(names::tap(port));
         let far = At::inside(space.clone(), names::dhcp_link(port));
-        let common = Set {
-            mark: Some(Mark::Dhcp(id)),
-            mtu: Some(mtu),
-            up: Some(true),
-            ipv6_off: Some(true),
-            ..Set::default()
-        };
+        let common =
+            Set { mark: Some(Mark::Dhcp(id)), mtu: Some(mtu), up: Some(true), ..Set::default() };
         let wanted = Wanted {
             object: id.object(),
             make: Make::Pair { peer: far.clone(), peer_mac: mac },
             set: Set {
                 bridge: Some(Some(bridge.to_owned())),
                 port: Some(BridgePort { isolated: kept_apart, ..BridgePort::default() }),
+                ipv6_off: Some(true),
                 ..common.clone()
             },
             addresses: None,
@@ -111,35 +114,47 @@ impl Builder<'_> {
         let wanted = Wanted {
             object: id.object(),
             make: Make::PairEnd,
-            set: Set { mac: Some(mac), ..common },
+            set: Set {
+                mac: Some(mac),
+                ipv6_off: Some(six.is_none()),
+                routing: six.as_ref().map(|_| SERVING),
+                ..common
+            },
             addresses: Some(addresses),
         };
         self.want(far.clone(), wanted);
         self.wish.l2.spaces.insert(space, Mark::Network(id));
         let clients = self.clients(id, &scopes, kept_apart);
-        let servers = scopes.iter().map(|scope| scope.server.into()).collect();
-        let zone = self.zone(id, network, servers);
-        let mut search = vec![zone.domain.clone()];
-        search.extend(network.search_domains.iter().filter(|name| **name != zone.domain).cloned());
+        let metadata = self.metadata(&[id], listen);
+        let site = Site {
+            dns: Some(Arc::new(self.zone(id, network, servers))),
+            metadata: Some(Arc::new(metadata)),
+            dhcp6: six.map(|six| six.table),
+            ..Site::of(id.object())
+        };
         let table = Table {
             mtu,
-            domain: Some(zone.domain.clone()),
+            domain: Some(domain),
             search,
             ntp: network.ntp_servers.iter().filter_map(v4).collect(),
             lease_seconds: self.local.lease_seconds,
             scopes,
             clients,
         };
-        let metadata = self.metadata(&[id], [ADDRESS_V4.into()].into());
-        let site = Site {
-            object: id.object(),
-            dhcp: Some(Arc::new(table)),
-            dns: Some(Arc::new(zone)),
-            metadata: Some(Arc::new(metadata)),
-            ra: None,
-        };
+        let site = Site { dhcp: (!table.scopes.is_empty()).then(|| Arc::new(table)), ..site };
         self.wish.services.insert(far, site);
         Some(kept_apart)
+    }
+
+    /// Whether the metadata service's IPv6 address is this server's: nobody else on the network may
+    /// have it.
+    fn is_metadata6_ours(&self, id: NetworkId, network: &NetworkSpec) -> bool {
+        let mut routers = self
+            .documents
+            .ports_of(id)
+            .filter(|(_, port)| port.owner == PortOwner::RouterInterface);
+        let routed = routers.any(|(_, port)| port.fixed_ips.iter().any(|it| it.address.is_ipv6()));
+        !routed && network.dhcp_hosts.len() <= 1
     }
 
     /// The address of the DHCP port on a subnet: that of its port document, the subnet's own
@@ -226,7 +241,7 @@ fn v4(address: &IpAddr) -> Option<Ipv4Addr> {
 }
 
 /// The DHCP port of a network whose documents name none: the same on every host.
-fn derived(network: NetworkId) -> (PortId, MacAddr) {
+pub(super) fn derived(network: NetworkId) -> (PortId, MacAddr) {
     let id = Uuid::new_v5(&network.0, b"stackhand:dhcp");
     let [a, b, c, ..] = id.into_bytes();
     (PortId(id), MacAddr([0xfa, 0x16, 0x3f, a, b, c]))

@@ -42,8 +42,8 @@ impl Builder<'_> {
         self.wish.services.extend(sites);
     }
 
-    /// What a router says of itself on a link. Subnets without a mode are left to whoever set them
-    /// up.
+    /// What a router says of itself on a link. Subnets without a mode, or whose `dhcp` is off, are
+    /// left to whoever set them up.
     fn advert(&self, link: &RouterLink) -> Option<Advert> {
         let network = self.documents.networks.get(&link.network)?;
         let mut advert = Advert {
@@ -53,9 +53,11 @@ impl Builder<'_> {
             ..Advert::default()
         };
         advert.search.extend(network.search_domains.iter().cloned());
+        let server = self.dhcp_server(link.network, false);
         for subnet in &network.subnets {
             let (IpNet::V6(net), Some(mode)) = (subnet.cidr, subnet.ipv6_mode) else { continue };
-            if !link.addresses.iter().any(|own| subnet.cidr.contains(&own.addr())) {
+            let own = |own: &IpNet| subnet.cidr.contains(&own.addr());
+            if !subnet.dhcp || !link.addresses.iter().any(own) {
                 continue;
             }
             advert.managed |= mode == Ipv6Mode::Dhcpv6Stateful;
@@ -63,13 +65,7 @@ impl Builder<'_> {
             // Addresses are made of 64 bits alone.
             let autonomous = mode != Ipv6Mode::Dhcpv6Stateful && net.prefix_len() == 64;
             advert.prefixes.push(Prefix { net, autonomous });
-            for server in &subnet.dns_servers {
-                if let IpAddr::V6(v6) = server
-                    && !v6.is_unspecified()
-                {
-                    advert.dns.push(*v6);
-                }
-            }
+            advert.dns.extend(self.dns_servers6(subnet, server));
         }
         (!advert.prefixes.is_empty()).then_some(advert)
     }
@@ -112,7 +108,7 @@ impl Builder<'_> {
     }
 
     /// The domain of a network's ports, in lower case, without a final dot.
-    fn domain(&self, network: &NetworkSpec) -> String {
+    pub(super) fn domain(&self, network: &NetworkSpec) -> String {
         let domain = network.dns_domain.as_ref().unwrap_or(&self.local.dns_domain);
         domain.trim_end_matches('.').to_ascii_lowercase()
     }

@@ -17,6 +17,8 @@ use stackhand_model::MacAddr;
 use tokio::task::JoinSet;
 use tracing::debug;
 
+use crate::frame::{checksum, ethernet, pseudo6};
+
 /// When an address is announced, counted from when it was given.
 const MOMENTS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];
 
@@ -94,10 +96,6 @@ fn frames(mac: MacAddr, address: IpAddr) -> Vec<Vec<u8>> {
     }
 }
 
-fn ethernet(from: MacAddr, to: MacAddr, kind: u16) -> Vec<u8> {
-    [&to.0[..], &from.0[..], &kind.to_be_bytes()[..]].concat()
-}
-
 /// Gratuitous ARP, RFC 5227: sender and target are the address itself.
 fn arp(mac: MacAddr, address: Ipv4Addr, operation: u16) -> Vec<u8> {
     let mut frame = ethernet(mac, BROADCAST, 0x0806);
@@ -119,7 +117,8 @@ fn advertisement(mac: MacAddr, address: Ipv6Addr) -> Vec<u8> {
     // Target link-layer address, in units of eight bytes.
     body.extend([2, 1]);
     body.extend(mac.0);
-    let sum = checksum(address, all, &body);
+    let pseudo = pseudo6(address, all, 58, body.len());
+    let sum = checksum(&[&pseudo, &body]);
     body[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut frame = ethernet(mac, all_mac, 0x86dd);
     let length = u16::try_from(body.len()).unwrap_or_default();
@@ -130,20 +129,6 @@ fn advertisement(mac: MacAddr, address: Ipv6Addr) -> Vec<u8> {
     frame.extend(all.octets());
     frame.extend(body);
     frame
-}
-
-/// The checksum of an ICMPv6 message, RFC 4443 section 2.3.
-fn checksum(from: Ipv6Addr, to: Ipv6Addr, body: &[u8]) -> u16 {
-    let length = u32::try_from(body.len()).unwrap_or_default();
-    let pseudo = [&from.octets()[..], &to.octets(), &length.to_be_bytes(), &[0, 0, 0, 58]].concat();
-    let words = pseudo.chunks(2).chain(body.chunks(2));
-    let mut sum: u32 = words
-        .map(|word| u32::from(u16::from_be_bytes([word[0], *word.get(1).unwrap_or(&0)])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -167,6 +152,6 @@ mod tests {
         let frame = advertisement(MAC, address);
         assert_eq!(frame.len(), 14 + 40 + 32);
         // A checksum over a message with its checksum in place is zero.
-        assert_eq!(checksum(address, ALL_NODES.0, &frame[54..]), 0);
+        assert_eq!(checksum(&[&pseudo6(address, ALL_NODES.0, 58, 32), &frame[54..]]), 0);
     }
 }

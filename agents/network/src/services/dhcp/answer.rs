@@ -6,7 +6,8 @@ use std::net::Ipv4Addr;
 use stackhand_model::{MacAddr, PortId};
 
 use super::table::{Client, Scope, Table};
-use super::wire::{self, Reply, Request, code};
+use super::wire::{Reply, Request, code};
+use crate::frame::{self, Ends};
 
 const DISCOVER: u8 = 1;
 const OFFER: u8 = 2;
@@ -90,7 +91,8 @@ impl Answer {
     pub fn frame(&self, server_mac: MacAddr) -> Option<Vec<u8>> {
         match self.delivery {
             Delivery::Frame { mac, address } => {
-                Some(wire::frame((server_mac, self.server), (mac, address), &self.message))
+                let ends = Ends { from: (server_mac, self.server, 67), to: (mac, address, 68) };
+                Some(frame::udp4(ends, &self.message))
             }
             Delivery::Relay(_) => None,
         }

@@ -1,4 +1,4 @@
-//! DHCPv4 on the wire (RFC 2131, 2132, 3396), and the frames that carry answers.
+//! DHCPv4 on the wire (RFC 2131, 2132, 3396).
 //!
 //! Requests are read in place, options stay bytes: what is echoed is echoed unchanged, and nothing
 //! is allocated for a packet that turns out to be noise. The tests read our answers with another
@@ -210,56 +210,4 @@ impl Reply {
         }
         self.bytes
     }
-}
-
-/// An Ethernet frame with `payload` in UDP from port 67 to port 68, with all checksums.
-pub(super) fn frame(from: (MacAddr, Ipv4Addr), to: (MacAddr, Ipv4Addr), payload: &[u8]) -> Vec<u8> {
-    const IP_HEADER: usize = 20;
-    const UDP_HEADER: usize = 8;
-    let length = |bytes: usize| u16::try_from(bytes).unwrap_or(u16::MAX).to_be_bytes();
-    let mut ip = [0; IP_HEADER];
-    ip[0] = 0x45;
-    ip[2..4].copy_from_slice(&length(IP_HEADER + UDP_HEADER + payload.len()));
-    ip[8] = 64;
-    ip[9] = 17;
-    ip[12..16].copy_from_slice(&from.1.octets());
-    ip[16..20].copy_from_slice(&to.1.octets());
-    let sum = checksum(&[&ip]);
-    ip[10..12].copy_from_slice(&sum);
-    let mut udp = [0; UDP_HEADER];
-    udp[..2].copy_from_slice(&67_u16.to_be_bytes());
-    udp[2..4].copy_from_slice(&68_u16.to_be_bytes());
-    udp[4..6].copy_from_slice(&length(UDP_HEADER + payload.len()));
-    let [high, low] = length(UDP_HEADER + payload.len());
-    let pseudo = [&ip[12..20], &[0, 17, high, low], &udp, payload];
-    let sum = match checksum(&pseudo) {
-        // Zero says that there is none.
-        [0, 0] => [0xff, 0xff],
-        sum => sum,
-    };
-    udp[6..8].copy_from_slice(&sum);
-    let mut frame = Vec::with_capacity(14 + IP_HEADER + UDP_HEADER + payload.len());
-    frame.extend(to.0.0);
-    frame.extend(from.0.0);
-    frame.extend([0x08, 0x00]);
-    frame.extend(ip);
-    frame.extend(udp);
-    frame.extend_from_slice(payload);
-    frame
-}
-
-/// The Internet checksum over parts, of which only the last may have an odd length.
-fn checksum(parts: &[&[u8]]) -> [u8; 2] {
-    let mut sum: u64 = 0;
-    for part in parts {
-        for pair in part.chunks(2) {
-            let low = pair.get(1).copied().unwrap_or(0);
-            sum += u64::from(u16::from_be_bytes([pair[0], low]));
-        }
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    let folded = u16::try_from(sum).unwrap_or(u16::MAX);
-    (!folded).to_be_bytes()
 }
