@@ -7,13 +7,18 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::libc;
 use stackhand_kernel::{KernelError, Netns, NetnsId};
 use stackhand_model::MacAddr;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::l2::At;
+
+/// How often sockets are tried to be opened where others were closed just now, once in 10 ms.
+const PATIENCE: u32 = 200;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,9 +131,19 @@ impl<S: Service> Fleet<S> {
             });
             return Ok(());
         }
-        self.running.remove(at);
-        let (here, bound) = (place.clone(), binding.clone());
-        let sockets = space.inside(S::ACTION, move || S::open(&here, &bound)).await?;
+        let replaced = self.running.remove(at).is_some();
+        let mut patience = if replaced { PATIENCE } else { 0 };
+        let sockets = loop {
+            let (here, bound) = (place.clone(), binding.clone());
+            match space.inside(S::ACTION, move || S::open(&here, &bound)).await {
+                // The tasks of the one before are ended and let go of its sockets when they are told.
+                Err(error) if patience > 0 && error.errno() == Some(libc::EADDRINUSE) => {
+                    patience -= 1;
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                opened => break opened?,
+            }
+        };
         let (told, table) = watch::channel(Arc::clone(table));
         let task = tokio::spawn(Arc::clone(&self.shared).run(place.clone(), sockets, table));
         self.running.insert(at.clone(), Running { place, binding, table: told, task });
