@@ -1,5 +1,5 @@
 //! A private libvirtd and a tiny guest: TCG domains that boot a Debian kernel and say what they see.
-//! Needs root, libvirtd, QEMU, busybox, and the kernel that `scripts/fetch-kernel cloud` fetches.
+//! Needs root, libvirtd, QEMU, busybox, and a kernel that `scripts/fetch-kernel` fetches.
 
 #![expect(clippy::unwrap_used, reason = "a fixture that cannot be set up fails its test")]
 
@@ -24,11 +24,15 @@ pub fn run<'a>(program: &str, args: impl IntoIterator<Item = &'a str>) -> String
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// libvirtd with folders of its own, in a mount namespace of its own. What it knows of QEMU is
-/// kept from one test to the next, because finding it out takes seconds.
+/// libvirtd with folders of its own, in a mount namespace of its own. It and its guests are in a
+/// process namespace that goes, with all that runs in it, when this is dropped or the test is
+/// killed. What libvirtd knows of QEMU is kept from one test to the next, because finding it out
+/// takes seconds.
 #[derive(Debug)]
 pub struct Libvirtd {
     root: PathBuf,
+    /// Holds the namespaces; first to be dropped, and everything else with it.
+    holder: Spawned,
     daemon: Option<Spawned>,
 }
 
@@ -61,7 +65,8 @@ impl Libvirtd {
              cgroup_controllers = []\nstdio_handler = \"file\"\nremember_owner = 0\n",
         )
         .unwrap();
-        let mut libvirtd = Self { root: root.to_owned(), daemon: None };
+        let holder = hold(root);
+        let mut libvirtd = Self { root: root.to_owned(), holder, daemon: None };
         libvirtd.restart();
         libvirtd
     }
@@ -72,23 +77,22 @@ impl Libvirtd {
     ///
     /// Where libvirtd cannot be started.
     pub fn restart(&mut self) {
-        self.daemon = None;
-        let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp/libvirt-cache");
-        fs::create_dir_all(&cache).unwrap();
-        let (root, cache) = (self.root.display(), cache.display());
+        self.kill();
         let socket = self.root.join("sock/libvirt-sock");
         let _stale = fs::remove_file(&socket);
-        let script = format!(
-            "set -e\n\
-             mount --bind {root}/run /run\n\
-             mount --bind {root}/lib /var/lib/libvirt\n\
-             mount --bind {root}/log /var/log/libvirt\n\
-             mount --bind {cache} /var/cache/libvirt\n\
-             mount --bind {root}/etc /etc/libvirt\n\
-             exec /usr/sbin/libvirtd -f {root}/libvirtd.conf -p {root}/pid\n"
+        let spaces = format!("/proc/{}/ns", self.holder.pid());
+        let root = self.root.display();
+        let mut daemon = Spawned::start(
+            "/usr/bin/nsenter",
+            [
+                format!("--mount={spaces}/mnt"),
+                // That of the holder's child, not its own.
+                format!("--pid={spaces}/pid_for_children"),
+                "/usr/sbin/libvirtd".to_owned(),
+                format!("--config={root}/libvirtd.conf"),
+                format!("--pid-file={root}/pid"),
+            ],
         );
-        let args = ["--mount", "--propagation", "private", "sh", "-c", &script];
-        let mut daemon = Spawned::start("/usr/bin/unshare", args);
         wait_for_sync(Duration::from_secs(20), "libvirtd to listen", || {
             assert!(daemon.is_running(), "{daemon:?}");
             socket.exists().then_some(())
@@ -97,8 +101,20 @@ impl Libvirtd {
     }
 
     /// Kills the daemon, not its guests.
+    ///
+    /// # Panics
+    ///
+    /// If it does not go.
     pub fn kill(&mut self) {
-        self.daemon = None;
+        let Some(mut daemon) = self.daemon.take() else { return };
+        // What entered the namespaces waits for the daemon, and ends as it does.
+        let entered = daemon.pid();
+        let children = format!("/proc/{entered}/task/{entered}/children");
+        for pid in fs::read_to_string(children).unwrap_or_default().split_whitespace() {
+            let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
+            let _gone = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        daemon.wait(Duration::from_secs(20));
     }
 
     /// The URI by which it is reached.
@@ -117,7 +133,20 @@ impl Libvirtd {
         run("/usr/bin/virsh", ["-q", "-c", &uri].into_iter().chain(args))
     }
 
-    /// Process id of a guest.
+    /// Kills a guest's process.
+    ///
+    /// # Panics
+    ///
+    /// If it does not run.
+    pub fn crash(&self, domain: &str) {
+        // Its number is one of the namespace.
+        let spaces = format!("/proc/{}/ns", self.holder.pid());
+        let into = format!("--pid={spaces}/pid_for_children");
+        let pid = self.guest_pid(domain);
+        run("/usr/bin/nsenter", [into.as_str(), "/bin/kill", "-KILL", pid.trim()]);
+    }
+
+    /// Process id of a guest, where libvirtd is.
     ///
     /// # Panics
     ///
@@ -129,77 +158,86 @@ impl Libvirtd {
     }
 }
 
-impl Drop for Libvirtd {
-    /// Ends guests that a failed test has left, each by its own process id, and the daemon.
-    fn drop(&mut self) {
-        self.daemon = None;
-        for entry in
-            fs::read_dir(self.root.join("run/libvirt/qemu")).into_iter().flatten().flatten()
-        {
-            let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "pid")
-                && let Ok(text) = fs::read_to_string(&path)
-                && let Ok(pid) = text.trim().parse()
-                && fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-                    line.contains("qemu-system") && line.contains(&*self.root.to_string_lossy())
-                })
-            {
-                let _gone = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-        }
-    }
+/// Starts what holds the namespaces of a libvirtd, with its folders in place.
+fn hold(root: &Path) -> Spawned {
+    let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp/libvirt-cache");
+    fs::create_dir_all(&cache).unwrap();
+    let (root, cache) = (root.display(), cache.display());
+    // As the first process of its namespace the shell inherits what libvirtd's children leave, and
+    // takes it off the list while it waits: libvirtd waits for processes to be gone.
+    let script = format!(
+        "set -e\n\
+         mount --bind {root}/run /run\n\
+         mount --bind {root}/lib /var/lib/libvirt\n\
+         mount --bind {root}/log /var/log/libvirt\n\
+         mount --bind {cache} /var/cache/libvirt\n\
+         mount --bind {root}/etc /etc/libvirt\n\
+         echo held\n\
+         sleep infinity &\n\
+         wait\n"
+    );
+    let tied = ["--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "private"];
+    let apart = ["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script];
+    let mut holder = Spawned::start("/usr/bin/setpriv", tied.into_iter().chain(apart));
+    holder.wait_for_output(Duration::from_secs(20), "held");
+    holder
 }
 
-/// Debian's cloud kernel, fetched once: its folder.
+/// One of Debian's kernels, `cloud` or `full`, fetched once: its folder.
 ///
 /// # Panics
 ///
 /// If it cannot be fetched.
 #[must_use]
-pub fn kernel() -> PathBuf {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/fetch-kernel");
-    PathBuf::from(run(script.to_str().unwrap(), ["cloud"]).trim())
+pub fn kernel(flavour: &str) -> PathBuf {
+    PathBuf::from(run(script("fetch-kernel").to_str().unwrap(), [flavour]).trim())
+}
+
+/// A script of the project.
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(name)
 }
 
 /// What the guest says when it is up.
 pub const UP: &str = "the guest is up";
 
-/// A RAM disk whose init loads the virtio drivers, tells what it sees, and then waits; with
-/// `stackhand.off` on the kernel's command line it powers itself off.
+/// Drivers that every guest has.
+const DRIVERS: [&str; 10] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_scsi",
+    "sr_mod",
+    "isofs",
+    "virtio_net",
+    "virtio_console",
+    "virtio_balloon",
+    "virtio_rng",
+    "ext4",
+];
+
+/// A RAM disk whose init loads the virtio drivers and `more`, tells what it sees, and then does
+/// what it is told on its console: `run COMMAND` runs a command of its shell. With `stackhand.off`
+/// on the kernel's command line it powers itself off.
 ///
 /// # Panics
 ///
 /// Without busybox or the kernel's modules.
 #[must_use]
-pub fn ramdisk(kernel: &Path) -> Vec<u8> {
-    let version = fs::read_to_string(kernel.join("version")).unwrap();
-    let tree = kernel.join("lib/modules").join(version.trim()).join("kernel");
-    let modules = [
-        "drivers/virtio/virtio_ring.ko",
-        "drivers/virtio/virtio.ko",
-        "drivers/virtio/virtio_pci_legacy_dev.ko",
-        "drivers/virtio/virtio_pci_modern_dev.ko",
-        "drivers/virtio/virtio_pci.ko",
-        "drivers/block/virtio_blk.ko",
-        "drivers/scsi/scsi_common.ko",
-        "drivers/scsi/scsi_mod.ko",
-        "drivers/scsi/virtio_scsi.ko",
-        "drivers/cdrom/cdrom.ko",
-        "drivers/scsi/sr_mod.ko",
-        "fs/isofs/isofs.ko",
-    ];
+pub fn ramdisk(kernel: &Path, more: &[&str]) -> Vec<u8> {
+    let modules = tempfile::tempdir().unwrap();
+    let folders = [kernel, modules.path()].map(|path| path.to_str().unwrap());
+    let names = DRIVERS.iter().chain(more).copied();
+    run(script("pack-modules").to_str().unwrap(), folders.into_iter().chain(names));
     let init = format!(
         "#!/bin/busybox sh\n\
          /bin/busybox --install -s /bin\n\
          mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys\n\
-         for name in {}; do insmod /lib/$name; done\n\
+         while read name; do insmod /lib/$name; done </lib/order\n\
+         [ -d /sys/firmware/efi ] && echo firmware uefi || echo firmware bios\n\
          for path in /sys/block/vd*; do\n\
            echo \"disk ${{path##*/}} $(cat $path/size) $(cat $path/serial)\"\n\
          done\n\
-         nics() {{ cat /sys/bus/pci/devices/*/device | grep -c 0x1041; }}\n\
+         nics() {{ ls /sys/class/net | grep -c eth; }}\n\
          [ $(nics) = 0 ] || echo network device\n\
          if [ -b /dev/sr0 ] && mount -o ro /dev/sr0 /mnt; then\n\
            echo \"config drive: $(cat /mnt/openstack/latest/meta_data.json)\"\n\
@@ -213,12 +251,11 @@ pub fn ramdisk(kernel: &Path) -> Vec<u8> {
            [ \"$now\" = \"$before\" ] || echo \"devices: $now.\"\n\
            before=$now; sleep 0.3\n\
          done) &\n\
-         while read line; do\n\
-           case $line in off) poweroff -f;; mark) echo marked > /dev/vda; sync;; esac\n\
-           echo \"heard $line\"\n\
+         while read word rest; do\n\
+           case $word in run) eval \"$rest\";; esac\n\
+           echo \"heard $word\"\n\
          done\n\
-         while true; do sleep 1000; done\n",
-        modules.map(|path| path.rsplit('/').next().unwrap()).join(" ")
+         while true; do sleep 1000; done\n"
     );
     let busybox = fs::read("/usr/bin/busybox").or_else(|_| fs::read("/bin/busybox")).unwrap();
     let mut files: Vec<(String, u32, Vec<u8>)> = ["bin", "dev", "lib", "mnt", "proc", "sys"]
@@ -226,9 +263,10 @@ pub fn ramdisk(kernel: &Path) -> Vec<u8> {
         .into();
     files.push(("bin/busybox".into(), 0o100_755, busybox));
     files.push(("init".into(), 0o100_755, init.into_bytes()));
-    for path in modules {
-        let name = path.rsplit('/').next().unwrap();
-        files.push((format!("lib/{name}"), 0o100_644, fs::read(tree.join(path)).unwrap()));
+    for entry in fs::read_dir(modules.path()).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("lib/{}", entry.file_name().to_str().unwrap());
+        files.push((name, 0o100_644, fs::read(entry.path()).unwrap()));
     }
     cpio(&files)
 }

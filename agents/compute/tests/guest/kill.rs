@@ -5,9 +5,9 @@ mod lab {
     use std::fs;
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
-    use serde_json::json;
+    use serde_json::{Value, json};
     use stackhand_bus::local::LocalTransport;
     use stackhand_model::{AgentKind, Document, ObjectRef};
     use stackhand_runtime::client::AgentClient;
@@ -16,7 +16,9 @@ mod lab {
     use uuid::Uuid;
 
     use crate::lab::{NAME, Scene};
-    use crate::support::document;
+    use crate::support::{UP, document};
+
+    const LIMIT: Duration = Duration::from_secs(60);
 
     /// The agent's program with its folders.
     struct Program<'a> {
@@ -41,18 +43,23 @@ mod lab {
             Self { root, running: None }
         }
 
-        /// Starts it and speaks to it.
+        /// Starts it and speaks to it. What the one before was running may hold its ledger for a
+        /// moment longer: it is started again then, as a supervisor does.
         async fn start(&mut self) -> AgentClient {
-            let etc = self.root.join("agent/etc");
-            let args = [Path::new("--config-dir"), &etc];
-            self.running = Some(Spawned::start(bin("compute-agent"), args));
+            self.running = None;
             let socket = self.root.join("agent/run/compute.sock");
             let transport = Arc::new(LocalTransport::connect(socket));
             let client = AgentClient::new(transport, AgentKind::Compute, "here");
-            wait_for(Duration::from_secs(30), "the agent to answer", async || {
-                client.ping().await.ok()
-            })
-            .await;
+            let etc = self.root.join("agent/etc");
+            let begin = Instant::now();
+            while client.ping().await.is_err() {
+                assert!(begin.elapsed() < LIMIT, "the agent does not answer: {:?}", self.running);
+                if !self.running.as_mut().is_some_and(Spawned::is_running) {
+                    let args = [Path::new("--config-dir"), &etc];
+                    self.running = Some(Spawned::start(bin("compute-agent"), args));
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             client
         }
 
@@ -142,6 +149,139 @@ mod lab {
                 assert_eq!(left.len(), 0, "round {round}: {left:?}");
                 program.running = None;
             }
+        });
+    }
+
+    #[test]
+    fn an_agent_killed_amid_a_long_operation_ends_it_or_takes_it_back() {
+        in_netns(async || {
+            let scene = Scene::new();
+            let volume = scene.root.path().join("volume-7");
+            fs::File::create(&volume).unwrap().set_len(16 << 20).unwrap();
+            let plain = json!({"root_disk_gib": 1});
+            let with_volume = json!({"root_disk_gib": 1, "volumes": [{
+                "volume": Uuid::from_u128(7),
+                "connection": {"type": "file", "path": volume, "format": "raw"},
+            }]});
+            let instance = Scene::instance(1, plain.clone());
+            let object = instance.object();
+            let mut program = Program::new(scene.root.path(), &scene.libvirtd);
+            let client = program.start().await;
+            let mut all = scene.images.clone();
+            all.push(instance);
+            client.apply(&all).await.unwrap();
+            until_state(&client, object, Some("active")).await;
+            let folder = program.folder(object.id);
+            let said = |text: &str| {
+                let log = fs::read_to_string(folder.join("console.log")).unwrap_or_default();
+                log.contains(text)
+            };
+            wait_for(LIMIT, "the guest to be up", async || said(UP).then_some(())).await;
+            let noted = |text: &str| {
+                let record = fs::read_to_string(folder.join("instance.json")).unwrap_or_default();
+                record.replace([' ', '\n'], "").contains(text)
+            };
+            let state = || scene.libvirtd.virsh(["domstate", NAME]).trim().to_owned();
+            // An answer that never comes, because who would give it is killed.
+            let ask = |client: AgentClient, action: &'static str| {
+                tokio::spawn(async move { client.act(object, action, Value::Null).await })
+            };
+
+            // The picture is taken back, and another can be taken.
+            let asked = ask(client, "snapshot");
+            let copy = folder.join("disk.copy");
+            wait_for(LIMIT, "a copy to begin", async || copy.exists().then_some(())).await;
+            program.running = None;
+            let _cut_off = asked.await;
+            let client = program.start().await;
+            wait_for(LIMIT, "the copy to be gone", async || {
+                (!copy.exists() && !noted("snapshot")).then_some(())
+            })
+            .await;
+            until_state(&client, object, Some("active")).await;
+            let job = scene.libvirtd.virsh(["domjobinfo", NAME]);
+            assert!(job.contains("None"), "{job}");
+            let image = client.act(object, "snapshot", json!({"name": "whole"})).await.unwrap();
+            assert!(Path::new(image["path"].as_str().unwrap()).exists());
+
+            // What was accepted is done: its memory goes to disk and comes back.
+            let asked = ask(client, "suspend");
+            wait_for(LIMIT, "it to be noted", async || {
+                noted("\"state\":\"suspended\"").then_some(())
+            })
+            .await;
+            program.running = None;
+            let _cut_off = asked.await;
+            let client = program.start().await;
+            wait_for(LIMIT, "it to be saved", async || (state() == "shut off").then_some(())).await;
+            let saved = async || {
+                let info = scene.libvirtd.virsh(["dominfo", NAME]);
+                let line = info.lines().find(|line| line.starts_with("Managed save:"));
+                line.is_some_and(|line| line.ends_with("yes")).then_some(())
+            };
+            wait_for(LIMIT, "its memory to be on disk", saved).await;
+            let asked = ask(client, "resume");
+            wait_for(LIMIT, "it to be noted", async || {
+                noted("\"state\":\"running\"").then_some(())
+            })
+            .await;
+            program.running = None;
+            let _cut_off = asked.await;
+            let client = program.start().await;
+            wait_for(LIMIT, "it to run", async || (state() == "running").then_some(())).await;
+            until_state(&client, object, Some("active")).await;
+
+            // A volume is in, and out, whenever the agent dies.
+            for (generation, spec, line) in
+                [(2, &with_volume, "vdb 32768."), (3, &plain, "vda 2097152.")]
+            {
+                let changed = Scene::instance(generation, spec.clone());
+                let before = fs::metadata(folder.join("console.log")).unwrap().len();
+                client.apply(&[changed]).await.unwrap();
+                program.running = None;
+                let client = program.start().await;
+                until_state(&client, object, Some("active")).await;
+                wait_for(LIMIT, &format!("the guest to see {line}"), async || {
+                    let log = fs::read_to_string(folder.join("console.log")).ok()?;
+                    let new = usize::try_from(before).ok().and_then(|at| log.get(at..))?;
+                    new.lines().any(|it| it.ends_with(line)).then_some(())
+                })
+                .await;
+                drop(client);
+            }
+
+            // It is made anew, wherever the agent died.
+            let disk = folder.join("disk");
+            let running = program.domain().1;
+            for round in 0..3 {
+                let client = program.start().await;
+                let born = || fs::metadata(&disk).and_then(|it| it.created()).ok();
+                let pid = || fs::read_to_string(&running).ok();
+                let (root, guest) = (born(), pid());
+                let asked = ask(client, "rebuild");
+                wait_for(LIMIT, &format!("step {round} of the rebuild"), async || {
+                    let there = match round {
+                        0 => noted("\"rebuild\":true"),
+                        1 => pid() != guest,
+                        _ => born() != root,
+                    };
+                    there.then_some(())
+                })
+                .await;
+                program.running = None;
+                let _cut_off = asked.await;
+                let client = program.start().await;
+                until_state(&client, object, Some("active")).await;
+                wait_for(LIMIT, "it to be made anew", async || {
+                    let anew = born().is_some_and(|it| Some(it) != root);
+                    (anew && !noted("rebuild") && state() == "running").then_some(())
+                })
+                .await;
+            }
+            let client = program.start().await;
+            client.delete(&[object]).await.unwrap();
+            until_state(&client, object, None).await;
+            assert_eq!(scene.libvirtd.virsh(["list", "--all"]).trim(), "");
         });
     }
 }

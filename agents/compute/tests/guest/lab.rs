@@ -33,9 +33,9 @@ impl Scene {
         run("ip", ["link", "set", "lo", "up"]);
         let root = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(&root.path().join("libvirt"));
-        let kernel = kernel();
+        let kernel = kernel("cloud");
         let initrd = root.path().join("initrd");
-        fs::write(&initrd, ramdisk(&kernel)).unwrap();
+        fs::write(&initrd, ramdisk(&kernel, &[])).unwrap();
         let images = vec![
             document(
                 "Image",

@@ -7,3 +7,4 @@ mod kill;
 mod lab;
 mod plug;
 mod support;
+mod trouble;

@@ -8,35 +8,13 @@ mod lab {
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD;
     use serde_json::{Value, json};
-    use stackhand_model::{Document, ErrorCode};
+    use stackhand_model::ErrorCode;
     use stackhand_runtime::agent::Agent;
     use stackhand_testkit::{in_netns, wait_for};
     use uuid::Uuid;
 
     use crate::lab::{NAME, Scene};
-    use crate::support::{Driven, UP, run};
-
-    /// Types a line and waits for an answer that contains a text.
-    async fn talk(driven: &Driven, instance: &Document, line: &str, expected: &str) {
-        let opened = driven.act(instance, "console-open", Value::Null).await.unwrap();
-        let session = &opened["session"];
-        let twice = driven.act(instance, "console-open", Value::Null).await.unwrap_err();
-        assert_eq!(twice.code, ErrorCode::Conflict, "a console has one holder");
-        let mut said = String::new();
-        let mut input = STANDARD.encode(format!("{line}\n"));
-        for _ in 0..200 {
-            let io =
-                json!({"session": session, "input": std::mem::take(&mut input), "wait_ms": 500});
-            let answer = driven.act(instance, "console-io", io).await.unwrap();
-            let output = STANDARD.decode(answer["output"].as_str().unwrap()).unwrap();
-            said.push_str(&String::from_utf8_lossy(&output));
-            if said.contains(expected) {
-                driven.act(instance, "console-close", json!({"session": session})).await.unwrap();
-                return;
-            }
-        }
-        panic!("the guest did not answer {expected:?}, but {said:?}");
-    }
+    use crate::support::{UP, run};
 
     #[test]
     fn devices_come_and_go_while_a_guest_runs_and_it_is_asked_pictured_and_put_to_sleep() {
@@ -64,7 +42,7 @@ mod lab {
             assert!(log.contains("disk vda 2097152"), "{log}");
             assert!(log.contains("config drive: {") && log.contains("\"plugged\""), "{log}");
             let pid = scene.libvirtd.guest_pid(NAME);
-            talk(&driven, &instance, "hello", "heard hello").await;
+            driven.talk(&instance, "hello", "heard hello").await;
 
             // In.
             run("ip", ["tuntap", "add", "tap6f0c8a8e-0d", "mode", "tap"]);
@@ -93,7 +71,7 @@ mod lab {
             assert_eq!(driven.writes(), writes, "a second pass changes nothing");
 
             // A picture of its disk as it runs, and of its screen.
-            talk(&driven, &larger, "mark", "heard mark").await;
+            driven.talk(&larger, "run echo marked >/dev/vda; sync", "heard run").await;
             let image = driven.act(&larger, "snapshot", json!({"name": "picture"})).await.unwrap();
             let path = image["path"].as_str().unwrap();
             let raw = scene.root.path().join("picture.raw");
@@ -129,7 +107,7 @@ mod lab {
             let refusal = driven.act(&less, "pause", Value::Null).await.unwrap_err();
             assert_eq!(refusal.code, ErrorCode::WrongState);
             driven.act(&less, "resume", Value::Null).await.unwrap();
-            talk(&driven, &less, "awake", "heard awake").await;
+            driven.talk(&less, "awake", "heard awake").await;
 
             // Made anew: what was written is gone, the guest is there.
             driven.act(&less, "rebuild", Value::Null).await.unwrap();

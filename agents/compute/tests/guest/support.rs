@@ -1,14 +1,17 @@
 //! A loop that drives the agent as the runtime would.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use stackhand_compute::agent::ComputeAgent;
 use stackhand_compute::config::{ComputeSection, VirtType};
 use stackhand_compute::libvirt::Libvirt;
-use stackhand_model::{Document, ObjectRef};
+use stackhand_model::{Document, ErrorCode, ObjectRef};
 use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Held, Outcome, PassReport, Refusal, Work,
 };
@@ -39,6 +42,8 @@ struct Shared {
     revision_of_last: u64,
     writes: u64,
     passes: u64,
+    /// Why anything ever waited or failed, for what is told in one pass alone.
+    told: BTreeSet<String>,
 }
 
 impl Driven {
@@ -66,6 +71,11 @@ impl Driven {
                     {
                         let mut shared = shared.lock().unwrap();
                         for (object, outcome) in &report.outcomes {
+                            if let Outcome::Pending { reason, .. }
+                            | Outcome::Failed { reason, .. } = outcome
+                            {
+                                shared.told.insert(reason.clone());
+                            }
                             if *outcome == Outcome::Gone {
                                 shared.desired.objects.remove(object);
                             }
@@ -146,6 +156,15 @@ impl Driven {
         .await
     }
 
+    /// Waits until a text was ever told as a reason.
+    pub(crate) async fn until_told(&self, text: &str) {
+        wait_for(Duration::from_secs(60), &format!("{text:?} to be told"), async || {
+            let shared = self.shared.lock().unwrap();
+            shared.told.iter().any(|reason| reason.contains(text)).then_some(())
+        })
+        .await;
+    }
+
     pub(crate) async fn until_gone(&self, object: ObjectRef) {
         wait_for(Duration::from_secs(60), "the object to be gone", async || {
             let shared = self.shared.lock().unwrap();
@@ -173,7 +192,7 @@ impl Driven {
 
     /// Waits until the console log contains a text.
     pub(crate) async fn until_console(&self, document: &Document, text: &str) -> String {
-        wait_for(Duration::from_secs(60), &format!("the console to say {text:?}"), async || {
+        wait_for(Duration::from_secs(180), &format!("the console to say {text:?}"), async || {
             let log = self.act(document, "console-log", Value::Null).await.unwrap();
             let log = log["log"].as_str().unwrap().to_owned();
             log.contains(text).then_some(log)
@@ -181,9 +200,43 @@ impl Driven {
         .await
     }
 
+    /// Types a line on the console and waits until what the guest says then contains a text.
+    pub(crate) async fn talk(&self, instance: &Document, line: &str, expected: &str) -> String {
+        let opened = self.act(instance, "console-open", Value::Null).await.unwrap();
+        let session = &opened["session"];
+        let twice = self.act(instance, "console-open", Value::Null).await.unwrap_err();
+        assert_eq!(twice.code, ErrorCode::Conflict, "a console has one holder");
+        let mut said = String::new();
+        let mut input = STANDARD.encode(format!("{line}\n"));
+        for _ in 0..200 {
+            let io =
+                json!({"session": session, "input": std::mem::take(&mut input), "wait_ms": 500});
+            let answer = self.act(instance, "console-io", io).await.unwrap();
+            let output = STANDARD.decode(answer["output"].as_str().unwrap()).unwrap();
+            said.push_str(&String::from_utf8_lossy(&output));
+            if said.contains(expected) {
+                self.act(instance, "console-close", json!({"session": session})).await.unwrap();
+                return said;
+            }
+        }
+        panic!("the guest did not answer {expected:?}, but {said:?}");
+    }
+
     /// Ends the agent at once, whatever it is doing.
-    pub(crate) async fn kill(self) {
+    pub(crate) async fn kill(mut self) {
         self.task.abort();
-        let _aborted = self.task.await;
+        let _aborted = (&mut self.task).await;
+    }
+}
+
+impl Drop for Driven {
+    #[expect(clippy::print_stderr, reason = "what was waited for explains a failure")]
+    fn drop(&mut self) {
+        self.task.abort();
+        if std::thread::panicking()
+            && let Ok(shared) = self.shared.lock()
+        {
+            eprintln!("told: {:#?}\nlast: {:#?}", shared.told, shared.last.outcomes);
+        }
     }
 }

@@ -1,0 +1,145 @@
+//! What goes wrong, and what is told of it.
+
+/// They boot machines.
+mod lab {
+    use std::fs;
+    use std::time::Duration;
+
+    use serde_json::{Value, json};
+    use stackhand_testkit::{in_netns, on_a_host, wait_for};
+    use uuid::Uuid;
+
+    use crate::lab::{NAME, Scene};
+    use crate::support::{Driven, UP, document, run};
+
+    #[test]
+    fn a_guest_stands_still_while_its_disk_is_full_and_goes_on_when_there_is_room() {
+        on_a_host(async || {
+            let small = tempfile::tempdir().unwrap();
+            let folder = small.path().to_str().unwrap();
+            run("mount", ["-t", "tmpfs", "-o", "size=8M", "tmpfs", folder]);
+            let disk = small.path().join("volume-7");
+            fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+            let scene = Scene::new();
+            let instance = Scene::instance(
+                1,
+                json!({"volumes": [{
+                    "volume": Uuid::from_u128(7),
+                    "connection": {"type": "file", "path": disk, "format": "raw"},
+                }]}),
+            );
+            let object = instance.object();
+            let driven = scene.driven();
+            driven.want(scene.images.clone(), false);
+            driven.want([instance.clone()], false);
+            driven.until_active(object).await;
+            driven.until_console(&instance, UP).await;
+            let pid = scene.libvirtd.guest_pid(NAME);
+            let fill = "run dd if=/dev/zero of=/dev/vda bs=1M count=32; sync; echo [$?]";
+            driven.talk(&instance, fill, "dd if").await;
+            driven.until_told("make room on the host").await;
+            run("mount", ["-o", "remount,size=64M", folder]);
+            driven.until_console(&instance, "[0]").await;
+            driven.until_active(object).await;
+            assert_eq!(scene.libvirtd.guest_pid(NAME), pid, "it went on where it was");
+            driven.want([instance], true);
+            driven.until_gone(object).await;
+            driven.kill().await;
+            run("umount", [folder]);
+        });
+    }
+
+    /// Images that would have this host read its own files for a guest, or fill its disk.
+    async fn hostile(scene: &Scene, driven: &Driven) {
+        let at = |name: &str| scene.root.path().join(name).to_str().unwrap().to_owned();
+        let create = |options: &[&str], name: &str, size: &str| {
+            let path = at(name);
+            let start = ["create", "-q", "-f", "qcow2"].iter().chain(options);
+            run("/usr/bin/qemu-img", start.copied().chain([path.as_str(), size]));
+            path
+        };
+        let data = format!("data_file={},data_file_raw=on", at("data"));
+        let descriptor = "# Disk DescriptorFile\nversion=1\ncreateType=\"monolithicFlat\"\n\
+                          RW 63 FLAT \"/etc/shadow\" 0\n";
+        fs::write(at("vmdk"), descriptor).unwrap();
+        let images = [
+            (
+                "qcow2",
+                create(&["-u", "-F", "raw", "-b", "/etc/shadow"], "backed", "1M"),
+                "refers to another file",
+            ),
+            ("qcow2", create(&["-o", &data], "with-data", "1M"), "refers to another file"),
+            ("qcow2", create(&[], "huge", "1P"), "see max_image_gib"),
+            ("vmdk", at("vmdk"), "is refused"),
+            ("raw", at("vmdk"), "the bytes are vmdk"),
+        ];
+        for (id, (format, source, told)) in (0xd0..).zip(images) {
+            let image = document("Image", id, 1, &json!({"source": source, "format": format}));
+            driven.want([image.clone()], false);
+            driven.until_reason(image.object(), told).await;
+            driven.want([image.clone()], true);
+            driven.until_gone(image.object()).await;
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_told_and_nothing_is_half_made() {
+        in_netns(async || {
+            let scene = Scene::new();
+            let image = scene.root.path().join("image");
+            fs::write(&image, vec![7; 1 << 20]).unwrap();
+            let wrong = format!("sha256:{}", "0".repeat(64));
+            let wrong = json!({"source": image, "format": "raw", "checksum": wrong});
+            let wrong = document("Image", 0xc1, 1, &wrong);
+            let driven = scene.driven();
+            driven.want(scene.images.clone(), false);
+            driven.want([wrong.clone()], false);
+            driven.until_told("was asked for").await;
+            hostile(&scene, &driven).await;
+            let volume = json!([{
+                "volume": Uuid::from_u128(7),
+                "connection": {"type": "file", "path": "/nowhere/volume-7", "format": "raw"},
+            }]);
+            let cases = [
+                (json!({"cpu": {"mode": "custom", "model": "NoSuchModel"}}), "NoSuchModel"),
+                (json!({"vcpus": 500}), "it needs 500 virtual processors"),
+                (json!({"memory_mib": 16_000_000}), "it needs 16000000 MiB of memory"),
+                (json!({"volumes": volume}), "there is no /nowhere/volume-7"),
+                (json!({"image": Uuid::from_u128(0xc1)}), "which failed: "),
+                (json!({"image": Uuid::from_u128(0xc2)}), "it is not known here"),
+            ];
+            for (generation, (fields, told)) in (1..).zip(cases) {
+                let instance = Scene::instance(generation, fields);
+                let object = instance.object();
+                driven.want([instance.clone()], false);
+                driven.until_told(told).await;
+                driven.passes(2).await;
+                assert_eq!(scene.libvirtd.virsh(["list", "--name"]).trim(), "", "{told}");
+                driven.want([instance], true);
+                driven.until_gone(object).await;
+                assert_eq!(scene.libvirtd.virsh(["list", "--all", "--name"]).trim(), "", "{told}");
+                let left = fs::read_dir(scene.root.path().join("state/instances"));
+                assert_eq!(left.into_iter().flatten().count(), 0, "{told}");
+            }
+
+            // A guest that crashes is told of, and started again.
+            let instance = Scene::instance(9, json!({}));
+            let object = instance.object();
+            driven.want([instance.clone()], false);
+            driven.until_active(object).await;
+            let pid = scene.libvirtd.guest_pid(NAME);
+            scene.libvirtd.crash(NAME);
+            driven.until_told("the guest crashed").await;
+            wait_for(Duration::from_secs(30), "another process", async || {
+                (scene.libvirtd.virsh(["domstate", NAME]).trim() == "running").then_some(())
+            })
+            .await;
+            assert_ne!(scene.libvirtd.guest_pid(NAME), pid);
+            let answer = driven.act(&instance, "start", Value::Null).await.unwrap();
+            assert_eq!(answer["power_state"], "running", "as it is");
+            driven.want([instance], true);
+            driven.until_gone(object).await;
+            driven.kill().await;
+        });
+    }
+}
