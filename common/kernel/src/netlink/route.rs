@@ -92,7 +92,12 @@ fn describe(route: &RouteEntry) -> RouteMessage {
     header.table = RouteHeader::RT_TABLE_MAIN;
     header.protocol = RouteProtocol::from(route.protocol);
     let on_link = route.hops.iter().all(|hop| hop.gateway.is_none());
-    header.scope = if on_link { RouteScope::Link } else { RouteScope::Universe };
+    header.scope = match route.hops.len() {
+        // Any: to be removed, whatever its ways.
+        0 => RouteScope::NoWhere,
+        _ if on_link => RouteScope::Link,
+        _ => RouteScope::Universe,
+    };
     header.kind = RouteType::Unicast;
     message
         .attributes
