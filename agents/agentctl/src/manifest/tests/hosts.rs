@@ -188,6 +188,6 @@ fn copies_leave_agents_that_need_them_no_more() {
     assert!(planned(&moved, &after, false).is_empty());
     // While an agent does not answer, nobody knows what it needs.
     let scope = Scope { local: false, all_seen: false, prune: None };
-    let plan = super::plan::plan(&completed(&moved, &held).unwrap(), &held, &scope).unwrap();
+    let plan = super::super::plan::plan(&completed(&moved, &held).unwrap(), &held, &scope).unwrap();
     assert!(plan.dropped().is_empty());
 }
