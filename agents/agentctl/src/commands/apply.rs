@@ -318,3 +318,18 @@ fn details(rows: &[ChangeRow]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches;
+
+    use super::*;
+
+    #[test]
+    fn a_manifest_must_be_given() {
+        let command = Apply::augment_args(clap::Command::new("apply"));
+        let matches = command.try_get_matches_from(["apply"]).unwrap();
+        let problem = Apply::from_arg_matches(&matches).unwrap().sources.read().unwrap_err();
+        assert!(problem.is::<Usage>() && problem.to_string().contains("--file"), "{problem}");
+    }
+}
