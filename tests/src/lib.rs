@@ -1,1 +1,3 @@
-//! Whole-suite tests.
+//! Whole-suite tests, and what fuzzers and tests feed with hostile bytes.
+
+pub mod hostile;
