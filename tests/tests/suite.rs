@@ -15,6 +15,7 @@ use serde_json::Value;
 use stackhand_model::AgentKind;
 use stackhand_testkit::broker::Broker;
 use stackhand_testkit::{Spawned, bin, in_netns, wait_for_sync};
+use stackhand_tests::Said;
 
 /// Seconds between reports, so that three missed ones are soon over.
 const INTERVAL: u64 = 1;
@@ -105,17 +106,12 @@ impl Cloud {
 
     /// Runs agentctl over the broker, without a key.
     fn agentctl(&self, arguments: &[&str]) -> Said {
-        let output = Command::new(bin("agentctl"))
-            .args(["--url", &self.broker.url(), "--cloud", &self.name])
-            .args(arguments)
-            .env("HOME", self.folder.path())
-            .output()
-            .unwrap();
-        Said {
-            status: output.status.code().unwrap_or(-1),
-            out: String::from_utf8(output.stdout).unwrap(),
-            err: String::from_utf8(output.stderr).unwrap(),
-        }
+        Said::by(
+            Command::new(bin("agentctl"))
+                .args(["--url", &self.broker.url(), "--cloud", &self.name])
+                .args(arguments)
+                .env("HOME", self.folder.path()),
+        )
     }
 
     /// Runs agentctl over the broker, with the trusted key.
@@ -158,20 +154,6 @@ impl Cloud {
             all.extend(rows.iter().map(|row| (text(row, "name"), text(row, "state"))));
         }
         all
-    }
-}
-
-/// What a command said.
-#[derive(Debug)]
-struct Said {
-    status: i32,
-    out: String,
-    err: String,
-}
-
-impl Said {
-    fn is_done(&self) -> bool {
-        self.status == 0
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde_json::Value;
 use stackhand_model::AgentKind;
 use stackhand_testkit::{Spawned, bin, on_a_host, wait_for};
+use stackhand_tests::Said;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -80,14 +81,6 @@ struct Site {
     _agent: Spawned,
 }
 
-/// What a command said.
-#[derive(Debug)]
-struct Said {
-    status: i32,
-    out: String,
-    err: String,
-}
-
 impl Site {
     async fn start() -> Self {
         run("ip link set lo up");
@@ -116,17 +109,12 @@ impl Site {
 
     fn agentctl(&self, line: &str) -> Said {
         let run_dir: PathBuf = self.folder.path().join("run");
-        let output = Command::new(bin("agentctl"))
-            .args(["--local", "--run-dir", run_dir.to_str().unwrap()])
-            .args(line.split_whitespace())
-            .env("HOME", self.folder.path())
-            .output()
-            .unwrap();
-        Said {
-            status: output.status.code().unwrap_or(-1),
-            out: String::from_utf8(output.stdout).unwrap(),
-            err: String::from_utf8(output.stderr).unwrap(),
-        }
+        Said::by(
+            Command::new(bin("agentctl"))
+                .args(["--local", "--run-dir", run_dir.to_str().unwrap()])
+                .args(line.split_whitespace())
+                .env("HOME", self.folder.path()),
+        )
     }
 
     /// The ports' taps by the ports' names.
