@@ -1,6 +1,7 @@
 //! Numbers and addresses of networks that have narrower ranges than their Rust carriers.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -21,6 +22,19 @@ impl MacAddr {
     #[must_use]
     pub fn is_multicast(self) -> bool {
         self.0[0] & 1 == 1
+    }
+
+    /// The lower half of the IPv6 addresses that its owner gives itself (RFC 4291, appendix A).
+    #[must_use]
+    pub fn interface_id(self) -> u64 {
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f])
+    }
+
+    /// The link-local address that its owner gives itself.
+    #[must_use]
+    pub fn link_local(self) -> Ipv6Addr {
+        Ipv6Addr::from(0xfe80 << 112 | u128::from(self.interface_id()))
     }
 }
 
@@ -133,6 +147,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_link_local_address_follows_from_the_ethernet_address() {
+        let mac = MacAddr([0xfa, 0x16, 0x3e, 0x12, 0x34, 0x56]);
+        assert_eq!(mac.link_local().to_string(), "fe80::f816:3eff:fe12:3456");
+    }
 
     #[test]
     fn text_that_is_not_a_mac_is_refused() {

@@ -38,9 +38,7 @@ pub(crate) fn lowest_free(subnet: &Subnet, taken: &BTreeSet<IpAddr>) -> Option<I
 
 /// The address that a guest with this Ethernet address gives itself (RFC 4291, EUI-64).
 pub(crate) fn eui64(cidr: &IpNet, mac: MacAddr) -> IpAddr {
-    let [a, b, c, d, e, f] = mac.0;
-    let interface = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
-    address(cidr, number(cidr.network()) | u128::from(interface))
+    address(cidr, number(cidr.network()) | u128::from(mac.interface_id()))
 }
 
 /// Whether guests of this subnet choose their addresses themselves.

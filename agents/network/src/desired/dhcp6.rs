@@ -12,7 +12,6 @@ use stackhand_model::{
 use super::{Builder, needs_tap};
 use crate::services::dhcp6::{self, Client, Table};
 use crate::services::dns;
-use crate::services::metadata::link_local;
 
 /// Whether DHCPv6 serves a subnet.
 pub(super) fn is_served(subnet: &Subnet) -> bool {
@@ -48,7 +47,7 @@ impl Server<'_> {
             fixed.map(|fixed| fixed.address)
         });
         let made = || {
-            let own = u128::from(link_local(self.mac)) & u128::from(u64::MAX);
+            let own = u128::from(self.mac.interface_id());
             (net.prefix_len() == 64).then(|| Ipv6Addr::from(u128::from(net.network()) | own).into())
         };
         match fixed.or(subnet.dhcp_address).or_else(made) {

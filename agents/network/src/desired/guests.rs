@@ -14,7 +14,7 @@ use super::{Builder, RouterLink, needs_tap};
 use crate::l2::At;
 use crate::services::Site;
 use crate::services::dns::{self, Zone};
-use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6, Known, Table, link_local};
+use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6, Known, Table};
 use crate::services::ra::{Advert, Prefix};
 
 impl Builder<'_> {
@@ -123,7 +123,7 @@ impl Builder<'_> {
                 let Some(known) = self.known(port, spec, network) else { continue };
                 let known = Arc::new(known);
                 let fixed = spec.fixed_ips.iter().map(|fixed| fixed.address);
-                for address in fixed.chain([link_local(spec.mac).into()]) {
+                for address in fixed.chain([spec.mac.link_local().into()]) {
                     let unique = || Some(Arc::clone(&known));
                     guests.entry(address).and_modify(|held| *held = None).or_insert_with(unique);
                 }

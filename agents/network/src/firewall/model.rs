@@ -5,7 +5,7 @@
 //! DHCP server, whose traffic is ours.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -263,13 +263,6 @@ fn sources(port: &PortSpec) -> BTreeSet<(MacAddr, IpNet)> {
         .map(|pair| (pair.mac.unwrap_or(port.mac), pair.address.trunc()));
     let mut sources: BTreeSet<(MacAddr, IpNet)> = own.chain(pairs).collect();
     let macs: BTreeSet<MacAddr> = sources.iter().map(|(mac, _)| *mac).chain([port.mac]).collect();
-    sources.extend(macs.into_iter().map(|mac| (mac, IpNet::from(IpAddr::V6(link_local(mac))))));
+    sources.extend(macs.into_iter().map(|mac| (mac, IpNet::from(IpAddr::V6(mac.link_local())))));
     sources
-}
-
-/// The link-local address that an Ethernet address gives (RFC 4291, appendix A).
-#[must_use]
-pub fn link_local(mac: MacAddr) -> Ipv6Addr {
-    let [a, b, c, d, e, f] = mac.0;
-    Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }

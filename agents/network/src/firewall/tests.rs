@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::clauses::{Clause, Remote, Traffic, clauses};
 use super::fake::FakeFirewall;
-use super::model::{Group, link_local};
+use super::model::Group;
 use super::ruleset::{self, Rule, TableName};
 use super::*;
 
@@ -130,7 +130,7 @@ fn model() -> impl Strategy<Value = Model> {
             }
             for (number, (in_groups, stateful, open, nets, network)) in guards {
                 let mac = stackhand_model::MacAddr([2, 0, 0, 0, 0, number]);
-                let own = IpNet::from(IpAddr::V6(link_local(mac)));
+                let own = IpNet::from(IpAddr::V6(mac.link_local()));
                 let network = NetworkId(id(network));
                 model.bridges.insert(network, format!("brq{}", network.short()));
                 let guard = Guard {

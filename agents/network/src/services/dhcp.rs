@@ -19,4 +19,5 @@ mod wire;
 
 pub use answer::{Answer, Delivery, Ignored, answer};
 pub use server::Server;
+pub(super) use server::{BUFFER, BURST, MOST_A_SECOND};
 pub use table::{Client, Extra, Scope, Table, extra, routes};

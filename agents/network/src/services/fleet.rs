@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::libc;
 use stackhand_kernel::{KernelError, Netns, NetnsId};
 use stackhand_model::MacAddr;
+use stackhand_runtime::metrics::Reading;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -55,6 +57,17 @@ pub(super) trait Service: Send + Sync + 'static {
         sockets: Self::Sockets,
         table: watch::Receiver<Arc<Self::Table>>,
     ) -> impl Future<Output = ()> + Send;
+}
+
+/// A counter that all servers of a kind share, for `/metrics`.
+pub(super) fn counter<S: Send + Sync + 'static>(
+    shared: &Arc<S>,
+    name: &'static str,
+    help: &'static str,
+    read: fn(&S) -> &AtomicU64,
+) -> Reading {
+    let shared = Arc::clone(shared);
+    Reading::counter(name, help, move || read(&shared).load(Ordering::Relaxed))
 }
 
 struct Running<S: Service> {

@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use stackhand_metadata::{Guest, Page};
-use stackhand_model::{GuestData, InstanceId, InstancePort, MacAddr, PortId};
+use stackhand_model::{GuestData, InstanceId, InstancePort, PortId};
 
 pub use server::Server;
 
@@ -62,12 +62,4 @@ impl Known {
         };
         stackhand_metadata::page(&guest, path)
     }
-}
-
-/// The link-local address that a guest's Ethernet address comes to (RFC 4291, appendix A).
-#[must_use]
-pub fn link_local(mac: MacAddr) -> Ipv6Addr {
-    let [a, b, c, d, e, f] = mac.0;
-    let pair = |high, low| u16::from_be_bytes([high, low]);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f))
 }

@@ -21,18 +21,18 @@ use tracing::{debug, warn};
 
 use super::answer::{Delivery, Ignored, answer};
 use super::table::Table;
-use crate::services::fleet::{Place, Service};
+use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
 /// Messages a second that one network's server reads. What comes faster is dropped by the kernel
 /// once the socket's small buffer is full.
-const MOST_A_SECOND: u32 = 1000;
+pub(in crate::services) const MOST_A_SECOND: u32 = 1000;
 
 /// Messages that may come at once.
-const BURST: u32 = 200;
+pub(in crate::services) const BURST: u32 = 200;
 
 /// Room for messages that wait to be read, in bytes: a burst and no more.
-const BUFFER: usize = 256 << 10;
+pub(in crate::services) const BUFFER: usize = 256 << 10;
 
 /// The longest message that is read. Longer ones are cut off, and then malformed.
 const LONGEST: usize = 2048;
@@ -70,27 +70,22 @@ impl Server {
     }
 
     pub(in crate::services) fn readings(shared: &Arc<Self>) -> Vec<Reading> {
-        let counter = |name, help, read: fn(&Self) -> u64| {
-            let shared = Arc::clone(shared);
-            Reading::counter(name, help, move || read(&shared))
-        };
+        let counter = |name, help, read| counter(shared, name, help, read);
         vec![
             counter("network_dhcp_answers", "DHCP offers and acknowledgements sent", |it| {
-                it.answered.load(Ordering::Relaxed)
+                &it.answered
             }),
-            counter("network_dhcp_refusals", "DHCP refusals sent", |it| {
-                it.refused.load(Ordering::Relaxed)
-            }),
+            counter("network_dhcp_refusals", "DHCP refusals sent", |it| &it.refused),
             counter("network_dhcp_failures", "DHCP answers that could not be sent", |it| {
-                it.failed.load(Ordering::Relaxed)
+                &it.failed
             }),
             counter(
                 "network_dhcp_unknown_clients",
                 "DHCP messages of clients that no port has",
-                |it| it.ignored(Ignored::UnknownClient),
+                |it| &it.ignored[Ignored::UnknownClient as usize],
             ),
             counter("network_dhcp_malformed", "DHCP messages that made no sense", |it| {
-                it.ignored(Ignored::Malformed)
+                &it.ignored[Ignored::Malformed as usize]
             }),
         ]
     }

@@ -24,19 +24,14 @@ use super::answer::{Ignored, answer};
 use super::table::Table;
 use super::wire::{Datagram, datagram};
 use crate::frame::{Ends, udp6};
-use crate::services::fleet::{Place, Service};
-use crate::services::metadata::link_local;
+use crate::services::dhcp::{BUFFER, BURST, MOST_A_SECOND};
+use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
 /// Where clients and relays send to.
 const ALL_SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
 const SERVER: u16 = 547;
 const CLIENT: u16 = 546;
-
-/// As with DHCPv4: messages a second that one network's server reads, at once, and that wait.
-const MOST_A_SECOND: u32 = 1000;
-const BURST: u32 = 200;
-const BUFFER: usize = 256 << 10;
 
 /// The longest frame that is read. Longer ones are cut off, and then malformed.
 const LONGEST: usize = 2048;
@@ -67,10 +62,7 @@ impl Server {
     }
 
     pub(in crate::services) fn readings(shared: &Arc<Self>) -> Vec<Reading> {
-        let counter = |name, help, read: fn(&Self) -> &AtomicU64| {
-            let shared = Arc::clone(shared);
-            Reading::counter(name, help, move || read(&shared).load(Ordering::Relaxed))
-        };
+        let counter = |name, help, read| counter(shared, name, help, read);
         vec![
             counter("network_dhcp6_answers", "DHCPv6 messages answered", |it| &it.answered),
             counter("network_dhcp6_failures", "DHCPv6 answers that could not be sent", |it| {
@@ -107,7 +99,7 @@ impl Server {
             warn!(at = %place.at, "a guest says that somebody else uses its address");
             add(&self.declined);
         }
-        let own = if own.is_multicast() { link_local(place.mac) } else { own };
+        let own = if own.is_multicast() { place.mac.link_local() } else { own };
         let port = if answer.by_relay { SERVER } else { CLIENT };
         let ends = Ends { from: (place.mac, own, SERVER), to: (mac, address, port) };
         match SockRef::from(socket).send(&udp6(ends, &answer.message)) {

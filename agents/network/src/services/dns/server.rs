@@ -20,7 +20,7 @@ use tracing::debug;
 use super::answer::{Decision, Transport, decide};
 use super::forward::ask;
 use super::zone::Zone;
-use crate::services::fleet::{Place, Service};
+use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
 /// Queries a second that one address reads.
@@ -195,10 +195,7 @@ impl Server {
     }
 
     pub(in crate::services) fn readings(shared: &Arc<Self>) -> Vec<Reading> {
-        let counter = |name, help, read: fn(&Self) -> &AtomicU64| {
-            let shared = Arc::clone(shared);
-            Reading::counter(name, help, move || read(&shared).load(Ordering::Relaxed))
-        };
+        let counter = |name, help, read| counter(shared, name, help, read);
         vec![
             counter("network_dns_answers", "DNS queries about names of ports answered", |it| {
                 &it.answered

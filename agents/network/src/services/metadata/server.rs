@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::Table;
-use crate::services::fleet::{Place, Service};
+use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
 /// Requests a second that one port may make.
@@ -202,10 +202,7 @@ impl Server {
     }
 
     pub(in crate::services) fn readings(shared: &Arc<Self>) -> Vec<Reading> {
-        let counter = |name, help, read: fn(&Self) -> &AtomicU64| {
-            let shared = Arc::clone(shared);
-            Reading::counter(name, help, move || read(&shared).load(Ordering::Relaxed))
-        };
+        let counter = |name, help, read| counter(shared, name, help, read);
         vec![
             counter("network_metadata_pages", "Metadata pages served to guests", |it| &it.served),
             counter("network_metadata_missing", "Requests for metadata that is not there", |it| {

@@ -1,12 +1,6 @@
 use super::*;
 
 #[test]
-fn a_link_local_address_follows_from_the_ethernet_address() {
-    let mac = MacAddr([0xfa, 0x16, 0x3e, 0x12, 0x34, 0x56]);
-    assert_eq!(link_local(mac).to_string(), "fe80::f816:3eff:fe12:3456");
-}
-
-#[test]
 fn a_guest_reads_its_own_pages() {
     let data = GuestData {
         hostname: Some("web".into()),

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::advert::{Advert, is_solicitation};
-use crate::services::fleet::{Place, Service};
+use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -55,12 +55,8 @@ impl Server {
     }
 
     pub(in crate::services) fn readings(shared: &Arc<Self>) -> Vec<Reading> {
-        let sent = Arc::clone(shared);
-        vec![Reading::counter(
-            "network_router_advertisements",
-            "Router advertisements sent",
-            move || sent.sent.load(Ordering::Relaxed),
-        )]
+        let help = "Router advertisements sent";
+        vec![counter(shared, "network_router_advertisements", help, |it| &it.sent)]
     }
 
     fn say(&self, place: &Place, socket: &UdpSocket, advert: &Advert, to: Ipv6Addr) -> bool {
