@@ -5,7 +5,6 @@
 //! give one link name. A port whose network is not known yet is accepted: it may come.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use stackhand_model::{
     ErrorCode, FloatingIpId, Name, NetworkId, ObjectRef, PortId, RouterId, Spec,
@@ -106,21 +105,28 @@ impl Judge<'_> {
     }
 
     fn port_pairs(&self) -> Result<(), Refusal> {
-        let mut macs = BTreeMap::new();
-        let mut addresses: BTreeMap<(NetworkId, IpAddr), (ObjectRef, &Name)> = BTreeMap::new();
-        let mut names = BTreeMap::new();
+        // What nobody who changed claims is nobody's quarrel now.
+        let changed = self.ports.iter().filter(|(id, _)| self.changed.contains(&id.object()));
+        let (mut macs, mut addresses, mut names) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for (id, (_, spec)) in changed {
+            macs.insert((spec.network, spec.mac), None);
+            names.insert(id.beginning(), None);
+            addresses
+                .extend(spec.fixed_ips.iter().map(|fixed| ((spec.network, fixed.address), None)));
+        }
         for (&id, &(name, spec)) in &self.ports {
             let this = (id.object(), name);
-            if let Some(other) = macs.insert((spec.network, spec.mac), this) {
+            if let Some(other) = claim(&mut macs, &(spec.network, spec.mac), this) {
                 self.clash(this, other, "spec.mac", &spec.mac.to_string())?;
             }
             for (index, fixed) in spec.fixed_ips.iter().enumerate() {
-                if let Some(other) = addresses.insert((spec.network, fixed.address), this) {
+                if let Some(other) = claim(&mut addresses, &(spec.network, fixed.address), this) {
                     let field = format!("spec.fixed_ips[{index}].address");
                     self.clash(this, other, &field, &fixed.address.to_string())?;
                 }
             }
-            if let Some(other) = names.insert(id.short(), this) {
+            if let Some(other) = claim(&mut names, &id.beginning(), this) {
                 self.clash(this, other, "id", &format!("the beginning {:?}", id.short()))?;
             }
         }
@@ -173,6 +179,15 @@ impl Judge<'_> {
         }
         Ok(())
     }
+}
+
+/// Notes who has what is claimed; returns who had it before.
+fn claim<'a, K: Ord>(
+    claims: &mut BTreeMap<K, Option<(ObjectRef, &'a Name)>>,
+    what: &K,
+    by: (ObjectRef, &'a Name),
+) -> Option<(ObjectRef, &'a Name)> {
+    claims.get_mut(what)?.replace(by)
 }
 
 fn kind_number(kind: NetworkType) -> u8 {

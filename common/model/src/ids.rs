@@ -256,7 +256,16 @@ macro_rules! resource_ids {
             /// The first eleven characters of the id, as OpenStack puts them into link names.
             #[must_use]
             pub fn short(self) -> String {
-                self.0.to_string().chars().take(11).collect()
+                let mut short = self.0.to_string();
+                short.truncate(11);
+                short
+            }
+
+            /// The bytes that the first eleven characters show.
+            #[must_use]
+            pub fn beginning(self) -> [u8; 5] {
+                let [a, b, c, d, e, ..] = self.0.into_bytes();
+                [a, b, c, d, e]
             }
         }
 

@@ -26,7 +26,7 @@ use crate::health::{Health, Pulse};
 use crate::ledger::Ledger;
 use crate::lifecycle::Shutdown;
 use crate::metrics::Metrics;
-use crate::status::{Finding, Statuses};
+use crate::status::{Changed, Finding, Statuses};
 use crate::wake::Wake;
 
 use backoff::Backoff;
@@ -291,12 +291,9 @@ impl<A: Agent> Reconciler<A> {
 
     /// Records findings and adds an event for each change of state.
     fn tell(&self, cause: Cause, desired: &Desired, findings: Vec<(ObjectRef, Finding)>) {
-        let news: std::collections::BTreeMap<_, _> = findings.iter().cloned().collect();
-        let changed = self.with.statuses.record(findings);
         let mut told = 0;
         let mut adopted = 0;
-        for (object, before) in changed {
-            let Some(now) = news.get(&object) else { continue };
+        for Changed { object, before, now } in self.with.statuses.record(findings) {
             let same_words = before.as_ref().is_some_and(|before| {
                 let failed = now.state == State::Error && before.reason != now.reason;
                 before.state == now.state && before.generation == now.generation && !failed

@@ -40,6 +40,14 @@ pub(crate) struct Finding {
     pub(crate) deleting: bool,
 }
 
+/// An object that a pass left otherwise than the one before.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Changed {
+    pub(crate) object: ObjectRef,
+    pub(crate) before: Option<Finding>,
+    pub(crate) now: Finding,
+}
+
 /// Objects by kind and state.
 pub type Counts = BTreeMap<Kind, BTreeMap<State, u64>>;
 
@@ -113,27 +121,25 @@ impl Statuses {
         }
     }
 
-    /// Takes over what a pass found; returns what each object was before, if it was known and
-    /// is different now. Objects that are no longer held are forgotten.
-    pub(crate) fn record(
-        &self,
-        findings: Vec<(ObjectRef, Finding)>,
-    ) -> Vec<(ObjectRef, Option<Finding>)> {
+    /// Takes over what a pass found; returns what is different now, and what it was before, if that
+    /// was known. Objects that are no longer held are forgotten.
+    pub(crate) fn record(&self, findings: Vec<(ObjectRef, Finding)>) -> Vec<Changed> {
         let desired = self.shared.ledger.desired();
         let mut found = self.shared.found.write().unwrap_or_else(PoisonError::into_inner);
         let before = found.len();
         found.retain(|object, _| desired.objects.contains_key(object));
         let mut changed = Vec::new();
         let mut touched = found.len() != before;
-        for (object, finding) in findings {
+        for (object, now) in findings {
             if !desired.objects.contains_key(&object) {
                 continue;
             }
             match found.get(&object) {
-                Some(same) if *same == finding => {}
+                Some(same) if *same == now => {}
                 _ => {
                     touched = true;
-                    changed.push((object, found.insert(object, finding)));
+                    let before = found.insert(object, now.clone());
+                    changed.push(Changed { object, before, now });
                 }
             }
         }
