@@ -387,7 +387,7 @@ impl NetworkAgent {
 /// What a look at the host found, and what follows from it.
 struct Look {
     wish: HostWish,
-    seen: Seen,
+    seen: Arc<Seen>,
     routers: l3::Seen,
     plan: Plan,
     /// All that is to be done, in order.

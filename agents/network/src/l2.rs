@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use stackhand_kernel::KernelError;
@@ -404,8 +405,9 @@ pub enum Change {
 
 /// The two things that layer 2 needs of a host.
 pub trait HostNet: Send + Sync {
-    /// Looks at everything: the host's links and those of the namespaces that bear our names.
-    fn observe(&self) -> impl Future<Output = Result<Seen, KernelError>> + Send;
+    /// Looks at everything: the host's links and those of the namespaces that bear our names. As long
+    /// as nothing changed, it is the same value.
+    fn observe(&self) -> impl Future<Output = Result<Arc<Seen>, KernelError>> + Send;
 
     /// Makes one change. Repeating a change whose effect is there succeeds or says that it
     /// exists; the host may have moved since it was observed.

@@ -7,6 +7,8 @@ mod support;
 mod worlds;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -15,8 +17,9 @@ use stackhand_network::desired::host_wish;
 use stackhand_network::l2::fake::FakeHost;
 use stackhand_network::l2::netlink::NetlinkHost;
 use stackhand_network::l2::{At, Change, HostNet, Make, Seen, SeenKind, plan};
-use stackhand_runtime::agent::Desired;
-use support::{local, on_a_host, run};
+use stackhand_runtime::agent::{Agent, Cause, Desired, Work};
+use stackhand_testkit::wait_for;
+use support::{agent, local, on_a_host, run};
 use worlds::{ALL, any_world};
 
 /// Plans and performs until nothing is left; returns the changes of the first round.
@@ -76,7 +79,7 @@ fn walk(types: &'static [&'static str], turns: usize) {
         run("ip link add eth9 type veth peer name wire9").await;
         run("ip link add docker0 type bridge").await;
         let kernel = NetlinkHost::new();
-        let fake = FakeHost::new(kernel.observe().await.unwrap());
+        let fake = FakeHost::new(Seen::clone(&*kernel.observe().await.unwrap()));
         let mut runner = TestRunner::deterministic();
         for turn in 0..turns {
             let world = any_world(types).new_tree(&mut runner).unwrap().current();
@@ -87,13 +90,45 @@ fn walk(types: &'static [&'static str], turns: usize) {
             let before = kernel.writes();
             assert_eq!(converge(&kernel, &desired).await, [], "turn {turn}");
             assert_eq!(kernel.writes(), before, "turn {turn}: a second pass writes nothing");
-            let seen = kernel.observe().await.unwrap();
+            // Of what it saw before it looks again only at what changed. Links may change by themselves
+            // while two look.
+            let seen = wait_for(Duration::from_secs(10), "both to see the same", || async {
+                let (kept, anew) = (kernel.observe().await, NetlinkHost::new().observe().await);
+                let (kept, anew) = (kept.unwrap(), anew.unwrap());
+                (kept == anew).then_some(kept)
+            })
+            .await;
             assert!(seen.links.contains_key(&At::host("docker0")));
             assert_eq!(
-                comparable(seen, &desired),
+                comparable(Seen::clone(&seen), &desired),
                 comparable(fake.seen(), &desired),
                 "turn {turn}"
             );
+        }
+    });
+}
+
+#[test]
+fn what_an_agent_leaves_that_saw_all_changes_is_what_one_wants_that_sees_the_host_first() {
+    on_a_host(|| async {
+        run("ip link add under type veth peer name wire").await;
+        run("ip address add 192.0.2.1/24 dev under").await;
+        run("ip link add eth9 type veth peer name wire9").await;
+        let (old, _) = agent("one");
+        let mut runner = TestRunner::deterministic();
+        for turn in 0..25 {
+            let world = any_world(&["local", "flat", "vxlan"]).new_tree(&mut runner).unwrap();
+            let desired = Arc::new(world.current().desired());
+            let mut passes = 0;
+            while passes == 0 || !old.plan(Arc::clone(&desired)).await.unwrap().is_empty() {
+                passes += 1;
+                assert!(passes < 5, "turn {turn}: it does not come to rest");
+                let due = desired.objects.keys().copied().collect();
+                let desired = Arc::clone(&desired);
+                old.pass(Work { desired, due, cause: Cause::Change }).await;
+            }
+            let (new, _) = agent("one");
+            assert_eq!(new.plan(Arc::clone(&desired)).await.unwrap(), [], "turn {turn}");
         }
     });
 }

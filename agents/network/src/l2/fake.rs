@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stackhand_kernel::KernelError;
 use stackhand_kernel::netlink::{BridgePort, QueueKind, Routing};
@@ -53,8 +53,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl HostNet for FakeHost {
-    async fn observe(&self) -> Result<Seen, KernelError> {
-        Ok(self.seen())
+    async fn observe(&self) -> Result<Arc<Seen>, KernelError> {
+        Ok(Arc::new(self.seen()))
     }
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {

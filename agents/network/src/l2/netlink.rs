@@ -40,12 +40,17 @@ pub struct NetlinkHost {
     freshness: Arc<Freshness>,
     /// What was seen of namespaces.
     kept: Mutex<BTreeMap<String, Dated<Arc<Inside>>>>,
+    /// What was seen of all together, and of which namespaces.
+    whole: Mutex<Option<(Insides, Arc<Seen>)>>,
     /// Numbers of links, as last seen or made.
     indices: Mutex<BTreeMap<At, u32>>,
     /// Groups that some link is in, as last seen.
     groups: Mutex<BTreeSet<u32>>,
     doomed: AtomicU32,
 }
+
+/// What namespaces had, by name.
+type Insides = BTreeMap<String, Arc<Inside>>;
 
 /// What a namespace had when it was looked at.
 #[derive(Debug)]
@@ -168,45 +173,52 @@ impl NetlinkHost {
         Ok(index)
     }
 
-    async fn look(&self) -> Result<Seen, KernelError> {
+    async fn look(&self) -> Result<Arc<Seen>, KernelError> {
+        let host = self.host_links()?;
+        let (mut here, same) = self.here(&host).await?;
+        let insides = self.insides().await?;
+        let kept = lock(&self.whole).take().filter(|(known, _)| {
+            let mut pairs = known.iter().zip(&insides);
+            let alike = pairs.all(|((a, was), (b, is))| a == b && Arc::ptr_eq(was, is));
+            same && known.len() == insides.len() && alike
+        });
+        let seen = match kept {
+            Some((_, seen)) => seen,
+            None => Arc::new(self.gather(&host, &mut here, &insides).await?),
+        };
+        *lock(&self.here) = Some(here);
+        *lock(&self.whole) = Some((insides, Arc::clone(&seen)));
+        Ok(seen)
+    }
+
+    /// Puts together what the host and its namespaces have.
+    async fn gather(
+        &self,
+        host: &Links,
+        here: &mut Here,
+        insides: &Insides,
+    ) -> Result<Seen, KernelError> {
         let mut seen = Seen::default();
         let mut indices = BTreeMap::new();
         let mut groups = BTreeSet::new();
-        let host = self.host_links()?;
-        let mut here = self.here(&host).await?;
         groups.extend(here.links.values().map(|link| link.group));
         look::take(&mut seen, &mut indices, None, here.links.values(), &here.addresses);
-        here.forwarding(&host, &mut seen).await?;
-        here.queues(&host, &mut seen).await?;
-        *lock(&self.here) = Some(here);
-
-        let names: Vec<String> = Netns::list()?
-            .into_iter()
-            .filter(|name| names::object_of_space(name).is_some())
-            .collect();
-        lock(&self.spaces).retain(|name, _| names.binary_search(name).is_ok());
-        lock(&self.kept).retain(|name, _| names.binary_search(name).is_ok());
-        for name in names {
-            // A file without a namespace behind it is what a crash left: as good as none.
-            let Some(id) = Netns::named(&name)?.id() else { continue };
-            let inside = self.inside(&name, id).await?;
+        here.forwarding(host, &mut seen).await?;
+        here.queues(host, &mut seen).await?;
+        for (name, inside) in insides {
             groups.extend(inside.links.iter().map(|link| link.group));
-            look::take(
-                &mut seen,
-                &mut indices,
-                Some(&name),
-                inside.links.iter(),
-                &inside.addresses,
-            );
-            seen.spaces.insert(name, look::owner_of_space(&inside.links));
+            let links = inside.links.iter();
+            look::take(&mut seen, &mut indices, Some(name), links, &inside.addresses);
+            seen.spaces.insert(name.clone(), look::owner_of_space(&inside.links));
         }
         *lock(&self.indices) = indices;
         *lock(&self.groups) = groups;
         Ok(seen)
     }
 
-    /// What the host itself has: as seen before where the journal tells of no change, or looked at.
-    async fn here(&self, host: &Links) -> Result<Here, KernelError> {
+    /// What the host itself has, and whether that is what it had before: as seen before where the
+    /// journal tells of no change, or looked at.
+    async fn here(&self, host: &Links) -> Result<(Here, bool), KernelError> {
         // Taken, not lent: a look that fails leaves nothing behind.
         let (journal, kept) = (lock(&self.journal).take(), lock(&self.here).take());
         let journal = match journal {
@@ -216,11 +228,29 @@ impl NetlinkHost {
         let mut changed = journal.read();
         *lock(&self.journal) = Some(journal);
         changed.links.append(&mut lock(&self.touched));
-        match kept {
-            Some(kept) if changed.is_nothing() => Ok(kept),
-            Some(kept) => kept.look_again(host, changed).await,
-            None => Here::look(host).await,
+        Ok(match kept {
+            Some(kept) if changed.is_nothing() => (kept, true),
+            Some(kept) => (kept.look_again(host, changed).await?, false),
+            None => (Here::look(host).await?, false),
+        })
+    }
+
+    /// What the namespaces that bear our names have.
+    async fn insides(&self) -> Result<Insides, KernelError> {
+        let names: Vec<String> = Netns::list()?
+            .into_iter()
+            .filter(|name| names::object_of_space(name).is_some())
+            .collect();
+        lock(&self.spaces).retain(|name, _| names.binary_search(name).is_ok());
+        lock(&self.kept).retain(|name, _| names.binary_search(name).is_ok());
+        let mut insides = Insides::new();
+        for name in names {
+            // A file without a namespace behind it is what a crash left: as good as none.
+            let Some(id) = Netns::named(&name)?.id() else { continue };
+            let inside = self.inside(&name, id).await?;
+            insides.insert(name, inside);
         }
+        Ok(insides)
     }
 
     /// What a namespace has: as seen before if nothing changed, or looked at.
@@ -270,7 +300,7 @@ impl NetlinkHost {
 }
 
 impl HostNet for NetlinkHost {
-    async fn observe(&self) -> Result<Seen, KernelError> {
+    async fn observe(&self) -> Result<Arc<Seen>, KernelError> {
         match self.look().await {
             // A socket's task ends only when the socket fails: open new ones.
             Err(error) if is_closed(&error) => {
@@ -284,12 +314,14 @@ impl HostNet for NetlinkHost {
     }
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {
+        *lock(&self.whole) = None;
         let result = self.perform(change).await;
         self.changed(change);
         result
     }
 
     async fn apply_all(&self, changes: &[&Change]) -> Vec<Result<(), KernelError>> {
+        *lock(&self.whole) = None;
         if changes.iter().all(|change| change.is_entry()) {
             return self.change_entries(changes).await;
         }

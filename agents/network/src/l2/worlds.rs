@@ -104,8 +104,19 @@ impl World {
             ]),
         ];
         for (number, limits) in limits.into_iter().enumerate() {
-            let spec = json!({"bandwidth": limits});
+            let mut spec = json!({"bandwidth": limits});
+            if number == 2 {
+                spec["packet_rate"] = json!([{"direction": "egress", "max_kpps": 5}]);
+            }
             put("QosPolicy", 0xcc00 + number as u128, &format!("policy{number}"), spec);
+        }
+        // Groups that refer to each other, and one to a group of which there is no document.
+        for (number, remote) in [(0, 1), (1, 0), (2, 9)] {
+            let spec = json!({"rules": [
+                {"direction": "egress"},
+                {"direction": "ingress", "remote_group": Uuid::from_u128(group_id(remote))},
+            ]});
+            put("SecurityGroup", group_id(number), &format!("group{number}"), spec);
         }
         for (number, network) in (0_u8..).zip(&self.networks) {
             let Some(network) = network else { continue };
@@ -138,6 +149,8 @@ impl World {
                 "owner": if port.external { "external" } else { "instance" },
                 "admin_up": port.up,
                 "queues": if port.queues { 4 } else { 1 },
+                "port_security": !(port.up && port.queues),
+                "security_groups": [Uuid::from_u128(group_id((number + port.address) % 3))],
                 "fixed_ips": [{
                     "subnet": "main",
                     "address": format!("10.{}.0.{}", port.network, 10 + 10 * number + port.address),
@@ -156,6 +169,10 @@ impl World {
         }
         desired
     }
+}
+
+fn group_id(number: u8) -> u128 {
+    0xdd00 + u128::from(number)
 }
 
 fn network_id(number: u8) -> u128 {
