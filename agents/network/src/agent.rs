@@ -35,7 +35,6 @@ use crate::l2::{At, HostNet, Plan, Seen, plan};
 use crate::l3::announce::{Announced, Announcer};
 use crate::l3::netlink::KernelRouters;
 use crate::l3::{self, RouterNet};
-use crate::qos::rules::PacketTable;
 use crate::services::Services;
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
@@ -60,7 +59,6 @@ pub struct NetworkAgent {
     host: Arc<NetlinkHost>,
     guarding: Guarding,
     routers: KernelRouters,
-    packets: PacketTable,
     /// Whether nothing of another agent's filter is left.
     cleared: AtomicBool,
     announcer: Announcer,
@@ -159,7 +157,6 @@ impl NetworkAgent {
             guarding: Guarding::new(firewall.map_err(StartProblem::Listen)?),
             routers: KernelRouters::new(Arc::clone(&host)),
             host,
-            packets: PacketTable::default(),
             cleared: AtomicBool::new(false),
             announcer: Announcer::default(),
             announced: AtomicBool::new(false),
@@ -291,12 +288,12 @@ impl NetworkAgent {
         self.watcher.ignore_nft();
         let enforced = self.guarding.enforce(&wish.firewall).await;
         self.watcher.heed_nft().await;
-        // What somebody changed in the moment before is looked at anew.
-        if !self.guarding.is_current().await {
-            (self.wake)(&BTreeSet::new());
-        }
         match enforced {
             Ok(done) => {
+                // What somebody changed in the moment before is looked at anew.
+                if !self.guarding.is_current().await {
+                    (self.wake)(&BTreeSet::new());
+                }
                 if done.cut > 0 {
                     info!(flows = done.cut, "cut flows that nothing allows any more");
                 }
@@ -416,9 +413,6 @@ impl Agent for NetworkAgent {
             |task: Task| PlannedStep { object: task.object, change: task.deed.to_string() };
         let mut steps: Vec<PlannedStep> = rules.collect();
         steps.extend(look.tasks.into_iter().map(planned));
-        let packets = self.packets.plan(&look.wish.packets, &self.host.write_count()).await;
-        let packets = packets.map_err(|error| cannot_look(Chain(&error).to_string()))?;
-        steps.extend(packets.map(|change| PlannedStep { object: None, change }));
         Ok(steps)
     }
 
@@ -479,7 +473,12 @@ impl Agent for NetworkAgent {
         // And what filtered taps that are gone now goes after them.
         unfiltered = self.guard(&wish, work.cause).await;
         let unfiltered = unfiltered.as_deref();
-        self.mark_packets(&wish, work.cause, &mut failed).await;
+        if let Some(reason) = self.guarding.why_unlimited().await {
+            for rules in wish.firewall.packets.values() {
+                let reason = format!("cannot limit packets or mark them: {reason}");
+                failed.entry(rules.object).or_insert(reason);
+            }
+        }
         self.serve(&wish, &seen, &mut failed).await;
         self.announce(&wish, &seen, news);
         let undone = outcome::undone(&tasks);

@@ -30,7 +30,7 @@ use crate::firewall::model::Surroundings;
 use crate::l2::{At, BRIDGE, Make, Owner, Seen, SeenLink, Set, Wanted, Wish};
 use crate::l3;
 use crate::names::{self, Mark};
-use crate::qos::{self, rules::PacketRules};
+use crate::qos::{self, PacketRules};
 use crate::services::Site;
 
 pub use routers::{RouterLink, RouterService};
@@ -67,8 +67,6 @@ pub struct HostWish {
     pub routers: BTreeMap<RouterId, RouterService>,
     /// What guests are served, by the link inside a namespace.
     pub services: BTreeMap<At, Site>,
-    /// By link: packet rates and marks.
-    pub packets: BTreeMap<String, PacketRules>,
     /// Networks that are wired here.
     pub wired: BTreeMap<NetworkId, Wired>,
     /// What the taps of this host let through.
@@ -361,7 +359,7 @@ impl Builder<'_> {
             held
         });
         let rules = policy.and_then(|policy| PacketRules::of(id.object(), policy));
-        self.wish.packets.extend(rules.map(|rules| (names::tap(id), rules)));
+        self.wish.firewall.packets.extend(rules.map(|rules| (names::tap(id), rules)));
         let bucket = |direction| policy.and_then(|policy| qos::shaper(policy, direction, mtu));
         set.shaper = Some(bucket(Direction::Ingress));
         set.redirect = Some(None);
@@ -413,12 +411,14 @@ impl Builder<'_> {
             bridges: wired.map(|(id, wired)| (*id, wired.bridge.clone())).collect(),
             has_link: &|name| self.seen.links.contains_key(&At::host(name)),
             orphans: self.seen.links.iter().filter_map(orphan).collect(),
+            barred: self.wish.l2.contested.iter().map(|(_, object)| *object).collect(),
         };
         let firewall = Model::new(desired, around);
         for (object, reason) in &firewall.lacking {
             self.wait(*object, reason);
         }
-        self.wish.firewall = firewall;
+        let packets = std::mem::take(&mut self.wish.firewall.packets);
+        self.wish.firewall = Model { packets, ..firewall };
     }
 }
 

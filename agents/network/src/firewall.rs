@@ -1,4 +1,5 @@
-//! The firewall: security groups and anti-spoofing on the taps of this host.
+//! The firewall: security groups and anti-spoofing on the taps of this host; and, because they are
+//! rules on the same taps, packet rates and marks.
 //!
 //! ```text
 //! documents ──> Model ──> render ──> Ruleset ──┐
@@ -17,6 +18,9 @@
 //! Answers of allowed flows pass because the kernel tracks flows. Where it tracks them on bridges,
 //! the rules ask it; where it does not, `br_netfilter` shows bridged packets to a small `inet` table
 //! that tells what it knows by a mark on the packet ([`Tracking`], decision 9).
+//!
+//! A change of the model is compared where the two models differ, not in all tables: those are known to
+//! be as the model before wanted them for as long as nobody else changed them.
 //!
 //! Invariants: what no rule allows is dropped; a tap is filtered before it can carry a frame; tables
 //! of other names are never touched; a plan for what is there already is empty.
@@ -38,6 +42,7 @@ pub mod fake;
 mod judge;
 pub mod model;
 pub mod netlink;
+mod packets;
 mod render;
 mod ruleset;
 #[cfg(test)]
@@ -45,9 +50,9 @@ mod tests;
 
 pub use enforce::{Done, Enforcer};
 pub use judge::{Packet, Transport, Verdict};
-pub use model::{Guard, Model};
+pub use model::{Guard, Model, Touched};
 pub use render::{Rendered, render, zones_of};
-pub use ruleset::{Chain, Edit, Field, NAME, Plan, Ruleset, Set, TableName, Target};
+pub use ruleset::{Chain, Edit, Field, NAMES, Plan, Ruleset, Set, TableName, Target};
 
 /// Where the kernel tracks flows of bridged packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -87,8 +92,13 @@ pub trait FirewallHost: Send + Sync {
     /// Reads the tables that bear our name. As long as nothing changed, it is the same value.
     fn observe(&self) -> impl Future<Output = Result<Arc<Ruleset>, FirewallError>> + Send;
 
-    /// Makes the changes of a plan. Each of its stages is one transaction.
-    fn apply(&self, plan: &Plan) -> impl Future<Output = Result<(), FirewallError>> + Send;
+    /// Makes the changes of a plan. Each of its stages is one transaction. Returns the tables that
+    /// came of it, which [`FirewallHost::observe`] returns from then on; `None` if somebody else
+    /// changed something since they were read.
+    fn apply(
+        &self,
+        plan: &Plan,
+    ) -> impl Future<Output = Result<Option<Arc<Ruleset>>, FirewallError>> + Send;
 
     /// The flows of these zones.
     fn flows(

@@ -6,12 +6,11 @@
 //! Both directions are shaped, not cut: a guest's TCP settles just below the limit.
 //!
 //! Buckets and redirects are settings of links like any other: layer 2 wishes, compares and sets
-//! them ([`crate::l2::Set`]). What nft does, packet rates and DSCP marks, is in [`rules`].
-
-pub mod rules;
+//! them ([`crate::l2::Set`]). Packet rates and DSCP marks are rules of the firewall's kind
+//! ([`PacketRules`]).
 
 use stackhand_kernel::netlink::Shaper;
-use stackhand_model::{BandwidthLimit, Direction, QosPolicySpec};
+use stackhand_model::{BandwidthLimit, Direction, ObjectRef, QosPolicySpec};
 
 /// How long a packet waits at most in a full queue.
 const LATENCY_MS: u64 = 50;
@@ -37,6 +36,38 @@ fn bucket(limit: &BandwidthLimit, mtu: u32) -> Shaper {
     let waiting = (rate * LATENCY_MS / 1000).max(packet * LEAST_PACKETS);
     let fit = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
     Shaper { rate, burst: fit(burst), limit: fit(waiting) }
+}
+
+/// What is done to the packets of one port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketRules {
+    /// The port.
+    pub object: ObjectRef,
+    /// Most packets a second to the guest.
+    pub to_guest: Option<u32>,
+    /// Most packets a second from the guest.
+    pub from_guest: Option<u32>,
+    /// The mark on what the guest sends.
+    pub dscp: Option<u8>,
+}
+
+impl PacketRules {
+    /// The rules of a policy; `None` if it has none.
+    #[must_use]
+    pub fn of(object: ObjectRef, policy: &QosPolicySpec) -> Option<Self> {
+        let rate = |direction| {
+            let limit = policy.packet_rate.iter().find(|limit| limit.direction == direction)?;
+            Some(limit.max_kpps.saturating_mul(1000))
+        };
+        let rules = Self {
+            object,
+            to_guest: rate(Direction::Ingress),
+            from_guest: rate(Direction::Egress),
+            dscp: policy.dscp,
+        };
+        let any = rules.to_guest.is_some() || rules.from_guest.is_some() || rules.dscp.is_some();
+        any.then_some(rules)
+    }
 }
 
 #[cfg(test)]

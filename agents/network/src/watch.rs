@@ -218,8 +218,7 @@ async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>, place: Pl
 /// Listens to changes of the tables that bear our name.
 async fn listen_to_nft(mut monitor: NftMonitor, signal: Arc<Signal>) {
     loop {
-        let ours = [crate::firewall::NAME, crate::qos::rules::TABLE];
-        while monitor.next_of(&ours).await.is_some() {
+        while monitor.next_of(&crate::firewall::NAMES).await.is_some() {
             if !signal.ignores_nft.load(Ordering::Acquire) {
                 debug!("somebody changed the firewall");
                 signal.heard();

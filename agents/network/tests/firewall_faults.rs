@@ -56,7 +56,7 @@ async fn begin(documents: &Documents, stages: usize) -> usize {
     let model = host_wish(&documents.desired(), &local("one"), &seen).firewall;
     let there = firewall.observe().await.unwrap();
     let zones = zones_of(&model, &there);
-    let wanted = render(&model, tracking, &zones, &mut Rendered::default());
+    let wanted = render(&model, tracking, &zones, &mut Rendered::default(), None);
     let Plan { before, elements, after } = wanted.plan(&there, &model.spared);
     let work = [&before, &elements, &after].iter().filter(|stage| !stage.is_empty()).count();
     let until = |stage, edits| if stages > stage { edits } else { Vec::new() };

@@ -51,6 +51,7 @@ mod slow {
                 bridges: [(NetworkId(net), "brq0".to_owned())].into(),
                 has_link: &|_| true,
                 orphans: BTreeSet::new(),
+                barred: BTreeSet::new(),
             },
         )
     }

@@ -16,7 +16,7 @@ use stackhand_testkit::wait_for;
 use tokio::sync::Notify;
 
 use support::{
-    Documents, agent, agent_with, link, local, network, on_a_host, port, run, short, try_run,
+    Documents, agent, agent_with, link, local, mac, network, on_a_host, port, run, short, try_run,
 };
 use uuid::Uuid;
 
@@ -320,6 +320,39 @@ fn each_bad_wish_is_told_on_its_object_and_all_else_is_wired() {
             }
         }
         assert!(link("mine").await.is_some() && link("br-ex").await.unwrap()["master"].is_null());
+    });
+}
+
+#[test]
+fn of_two_ports_with_one_name_the_first_is_wired_and_filtered_and_the_other_told() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let net = Uuid::new_v4();
+        let mut documents = Documents::default();
+        documents.put("Network", "net", net, network("local", &json!({})));
+        let filtered = json!({"port_security": true});
+        let mut ports = Vec::new();
+        // Admission refuses the second; what an older ledger holds is not admitted anew.
+        for (last, end) in [(10, 1), (11, 2)] {
+            let id = Uuid::from_u128(0xaa_bbcc_ddee << 88 | end);
+            let spec = port(net, "one", last, &filtered);
+            ports.push(documents.put("Port", &format!("p{last}"), id, spec));
+        }
+        let good = Uuid::new_v4();
+        ports.push(documents.put("Port", "good", good, port(net, "one", 12, &filtered)));
+        let report = documents.pass(&agent).await;
+        for object in [ports[0], ports[2]] {
+            let outcome = &report.outcomes[&object];
+            assert!(matches!(outcome, Outcome::Active { .. }), "{object}: {outcome:?}");
+        }
+        let told = reason(&report.outcomes[&ports[1]]);
+        assert!(told.contains(&format!("link tapaabbccdd-ee is taken by {}", ports[0])), "{told}");
+        let guards = run("nft list map bridge stackhand guards").await;
+        for tap in ["tapaabbccdd-ee".to_owned(), format!("tap{}", short(good))] {
+            assert!(guards.contains(&tap), "{guards}");
+        }
+        let sources = run("nft list set bridge stackhand macs").await;
+        assert!(!sources.contains(&mac(11)), "{sources}");
     });
 }
 

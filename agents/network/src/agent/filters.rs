@@ -1,48 +1,16 @@
-//! What passes do besides links and the firewall: packet rates and marks, and what OpenStack's Linux
-//! bridge agent left in packet filters.
+//! What OpenStack's Linux bridge agent left in packet filters.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use stackhand_kernel::Chain;
-use stackhand_model::ObjectRef;
-use stackhand_runtime::agent::Cause;
 use stackhand_runtime::events::NewEvent;
 use tracing::{info, warn};
 
 use super::NetworkAgent;
-use crate::desired::HostWish;
 use crate::takeover;
 
 impl NetworkAgent {
-    /// Makes packet rates and marks what is wanted. Ports whose rules cannot be had are `failed`.
-    pub(super) async fn mark_packets(
-        &self,
-        wish: &HostWish,
-        cause: Cause,
-        failed: &mut BTreeMap<ObjectRef, String>,
-    ) {
-        self.watcher.ignore_nft();
-        let applied = self.packets.apply(&wish.packets, &self.host.write_count()).await;
-        self.watcher.heed_nft().await;
-        match applied {
-            Ok(None) => {}
-            Ok(Some(change)) => {
-                info!(change, "done");
-                if matches!(cause, Cause::Host | Cause::Timer) {
-                    self.events.add(NewEvent::new("DriftRepaired", change));
-                }
-            }
-            Err(error) => {
-                let reason = format!("cannot limit packets or mark them: {}", Chain(&error));
-                warn!("{reason}");
-                for rules in wish.packets.values() {
-                    failed.entry(rules.object).or_insert_with(|| reason.clone());
-                }
-            }
-        }
-    }
-
     /// The zones in which OpenStack's Linux bridge agent has flows tracked, until its filter is gone.
     pub(super) async fn zones_left(&self) -> BTreeMap<String, u16> {
         if !self.local.takeover || self.cleared.load(Ordering::Acquire) {

@@ -1,6 +1,7 @@
 //! The firewall's part of a pass.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 use stackhand_kernel::Chain;
@@ -19,7 +20,30 @@ pub(super) struct Guarding(Mutex<State>);
 enum State {
     /// Nothing needed it yet, or the kernel could not: tried again when something needs it.
     Untried(Option<KernelFirewall>),
-    Ready(Box<Enforcer<KernelFirewall>>),
+    Ready(Box<Ready>),
+}
+
+#[derive(Debug)]
+struct Ready {
+    enforcer: Enforcer<KernelFirewall>,
+    /// Whether packets can be limited and marked, once that was wanted; or why not, as of the last try.
+    limits: Option<Result<(), String>>,
+}
+
+impl Ready {
+    /// What of `model` this kernel can do: all, or all but limits and marks of packets.
+    async fn possible<'m>(&mut self, model: &'m Model) -> Cow<'m, Model> {
+        if !model.packets.is_empty() && self.limits != Some(Ok(())) {
+            let limits = self.enforcer.host().probe_packets().await;
+            self.limits = Some(limits.map_err(|error| Chain(&error).to_string()));
+        }
+        match self.limits {
+            Some(Err(_)) if !model.packets.is_empty() => {
+                Cow::Owned(Model { packets: BTreeMap::new(), ..model.clone() })
+            }
+            _ => Cow::Borrowed(model),
+        }
+    }
 }
 
 impl Guarding {
@@ -30,7 +54,7 @@ impl Guarding {
     /// Where the kernel tracks flows of bridged packets, or why it cannot.
     pub(super) async fn tracking(&self) -> Result<Tracking, String> {
         let mut state = self.0.lock().await;
-        ready(&mut state).await.map(|enforcer| enforcer.tracking())
+        ready(&mut state).await.map(|ready| ready.enforcer.tracking())
     }
 
     /// Makes the firewall that of `model`.
@@ -39,15 +63,16 @@ impl Guarding {
         if !needs(&state, model).await? {
             return Ok(Done::default());
         }
-        let enforcer = ready(&mut state).await?;
-        enforcer.enforce(model).await.map_err(|error| Chain(&error).to_string())
+        let ready = ready(&mut state).await?;
+        let model = ready.possible(model).await;
+        ready.enforcer.enforce(&model).await.map_err(|error| Chain(&error).to_string())
     }
 
     /// Whether nobody changed the tables since they were enforced.
     pub(super) async fn is_current(&self) -> bool {
         match &*self.0.lock().await {
             State::Untried(_) => true,
-            State::Ready(enforcer) => enforcer.is_current().await,
+            State::Ready(ready) => ready.enforcer.is_current().await,
         }
     }
 
@@ -60,8 +85,17 @@ impl Guarding {
         if !needs(&state, model).await? {
             return Ok(Vec::new());
         }
-        let enforcer = ready(&mut state).await?;
-        enforcer.plan(model).await.map_err(|error| Chain(&error).to_string())
+        let ready = ready(&mut state).await?;
+        let model = ready.possible(model).await;
+        ready.enforcer.plan(&model).await.map_err(|error| Chain(&error).to_string())
+    }
+
+    /// Why packets cannot be limited or marked, if that was wanted and is so.
+    pub(super) async fn why_unlimited(&self) -> Option<String> {
+        match &*self.0.lock().await {
+            State::Ready(ready) => ready.limits.clone()?.err(),
+            State::Untried(_) => None,
+        }
     }
 
     /// What it is, for controllers.
@@ -76,14 +110,14 @@ impl Guarding {
 /// Whether there is anything to filter, or tables of ours are left from a time when there was.
 async fn needs(state: &State, model: &Model) -> Result<bool, String> {
     let State::Untried(Some(host)) = state else { return Ok(true) };
-    if !model.guards.is_empty() {
+    if !model.guards.is_empty() || !model.packets.is_empty() {
         return Ok(true);
     }
     let seen = host.observe().await.map_err(|error| Chain(&error).to_string())?;
     Ok(!seen.tables.is_empty())
 }
 
-async fn ready(state: &mut State) -> Result<&mut Enforcer<KernelFirewall>, String> {
+async fn ready(state: &mut State) -> Result<&mut Ready, String> {
     if let State::Untried(host) = state {
         let tracking = match host {
             Some(host) => host.probe().await,
@@ -92,11 +126,12 @@ async fn ready(state: &mut State) -> Result<&mut Enforcer<KernelFirewall>, Strin
         let tracking = tracking.map_err(|error| Chain(&error).to_string())?;
         tracing::info!(%tracking, "the firewall can be enforced");
         if let Some(host) = host.take() {
-            *state = State::Ready(Box::new(Enforcer::new(host, tracking)));
+            let enforcer = Enforcer::new(host, tracking);
+            *state = State::Ready(Box::new(Ready { enforcer, limits: None }));
         }
     }
     match state {
-        State::Ready(enforcer) => Ok(enforcer.as_mut()),
+        State::Ready(ready) => Ok(ready.as_mut()),
         State::Untried(_) => Err("the firewall is gone".to_owned()),
     }
 }

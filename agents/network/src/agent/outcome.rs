@@ -105,7 +105,11 @@ impl Host<'_> {
         let reason = self.unfiltered?;
         let firewall = &self.wish.firewall;
         let needs_it = match &document.spec {
-            Spec::Port(_) => firewall.guards.contains_key(&PortId(document.id)),
+            Spec::Port(_) => {
+                let port = PortId(document.id);
+                firewall.guards.contains_key(&port)
+                    || firewall.packets.contains_key(&names::tap(port))
+            }
             Spec::SecurityGroup(_) => firewall.groups.contains_key(&SecurityGroupId(document.id)),
             _ => false,
         };

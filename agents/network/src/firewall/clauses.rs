@@ -12,6 +12,10 @@ use stackhand_model::{
     Direction, Ethertype, SecurityGroupId, SecurityGroupRule, SecurityGroupSpec,
 };
 
+/// Ranges that have a line each rather than a set of their own: to make a set without a name the kernel
+/// looks through all that a table has, and a packet finds as many lines as fast.
+const FEW: usize = 3;
+
 /// Rules of one direction that share the other side and the traffic.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Clause {
@@ -147,10 +151,10 @@ impl Clause {
         let family = if six { "meta protocol ip6" } else { "meta protocol ip" };
         let remotes = match &self.remote {
             Remote::Any => vec![family.to_owned()],
-            Remote::Nets(nets) => {
-                let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
-                vec![format!("{side} {{ {} }}", nets.join(", "))]
+            Remote::Nets(nets) if nets.len() <= FEW => {
+                nets.iter().map(|net| format!("{side} {net}")).collect()
             }
+            Remote::Nets(nets) => vec![format!("{side} {}", one_of(nets.iter()))],
             Remote::Members(group) => [false, true]
                 .map(|ranges| format!("{side} @{}", members_set(*group, six, ranges)))
                 .to_vec(),
@@ -176,37 +180,39 @@ impl Traffic {
         }
         let mut all = Vec::new();
         if !self.protocols.is_empty() {
-            let list: Vec<String> = self.protocols.iter().map(u8::to_string).collect();
-            all.push(format!("meta l4proto {{ {} }} ", list.join(", ")));
+            all.push(format!("meta l4proto {} ", one_of(self.protocols.iter())));
         }
         for (protocol, ranges) in &self.ports {
             let range = |(min, max): &(u16, u16)| {
                 if min == max { min.to_string() } else { format!("{min}-{max}") }
             };
-            let list: Vec<String> = ranges.iter().map(range).collect();
-            all.push(format!("meta l4proto {protocol} th dport {{ {} }} ", list.join(", ")));
+            let ports = one_of(ranges.iter().map(range));
+            all.push(format!("meta l4proto {protocol} th dport {ports} "));
         }
         for (protocol, types) in &self.types {
             // Type and code are the first two bytes behind the IP header.
-            let whole: Vec<String> = types
-                .iter()
-                .filter(|(_, code)| code.is_none())
-                .map(|(kind, _)| kind.to_string())
-                .collect();
+            let whole: Vec<u8> =
+                types.iter().filter(|(_, code)| code.is_none()).map(|(kind, _)| *kind).collect();
             if !whole.is_empty() {
-                all.push(format!("meta l4proto {protocol} @th,0,8 {{ {} }} ", whole.join(", ")));
+                all.push(format!("meta l4proto {protocol} @th,0,8 {} ", one_of(whole.iter())));
             }
-            let single: Vec<String> = types
+            let single: Vec<u16> = types
                 .iter()
                 .filter(|(kind, _)| !types.contains(&(*kind, None)))
-                .filter_map(|(kind, code)| {
-                    Some((u16::from(*kind) << 8 | u16::from((*code)?)).to_string())
-                })
+                .filter_map(|(kind, code)| Some(u16::from(*kind) << 8 | u16::from((*code)?)))
                 .collect();
             if !single.is_empty() {
-                all.push(format!("meta l4proto {protocol} @th,0,16 {{ {} }} ", single.join(", ")));
+                all.push(format!("meta l4proto {protocol} @th,0,16 {} ", one_of(single.iter())));
             }
         }
         all
     }
+}
+
+/// A value, or a set without a name of several.
+fn one_of(values: impl ExactSizeIterator<Item: ToString>) -> String {
+    let is_one = values.len() == 1;
+    let values: Vec<String> = values.map(|value| value.to_string()).collect();
+    let list = values.join(", ");
+    if is_one { list } else { format!("{{ {list} }}") }
 }

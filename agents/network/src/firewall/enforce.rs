@@ -8,6 +8,7 @@ use tracing::warn;
 
 use super::judge::{Packet, Transport};
 use super::model::{ByAddress, Model};
+use super::packets;
 use super::render::{Rendered, render, zones_of};
 use super::ruleset::{Edit, Plan, Ruleset, group_of};
 use super::{FirewallError, FirewallHost, Tracking};
@@ -21,7 +22,8 @@ pub struct Enforcer<H> {
     host: H,
     tracking: Tracking,
     rendered: Rendered,
-    /// What was enforced last, over which tables.
+    /// What was enforced last, and the tables that are so since; `None`: somebody else may have
+    /// changed them meanwhile.
     last: Option<(Model, Arc<Ruleset>)>,
 }
 
@@ -57,7 +59,7 @@ impl<H: FirewallHost> Enforcer<H> {
 
     /// Whether the tables are those that were enforced last.
     pub async fn is_current(&self) -> bool {
-        let Some((_, tables)) = &self.last else { return true };
+        let Some((_, tables)) = &self.last else { return false };
         self.host.observe().await.is_ok_and(|seen| Arc::ptr_eq(&seen, tables))
     }
 
@@ -84,34 +86,43 @@ impl<H: FirewallHost> Enforcer<H> {
         let mut done = Done::default();
         let seen = self.host.observe().await?;
         let Some(plan) = self.compare(model, &seen) else { return Ok(done) };
-        if !plan.is_empty() {
-            // Nobody else holds the tables now, so that they are changed in place.
-            drop(seen);
-            let before = self.last.take().map(|(model, _)| model);
-            self.host.apply(&plan).await?;
-            done.changes = tell(&plan, model);
-            if plan.narrows() {
-                done.cut = self.cut(&before.unwrap_or_default(), model).await;
-            }
+        if plan.is_empty() {
+            self.last = Some((model.clone(), seen));
+            return Ok(done);
         }
-        let now = self.host.observe().await?;
-        self.last = Some((model.clone(), now));
+        // Nobody else holds the tables now, so that they are changed in place.
+        drop(seen);
+        let before = self.last.take().map(|(model, _)| model);
+        let tables = self.host.apply(&plan).await?;
+        self.last = tables.map(|tables| (model.clone(), tables));
+        done.changes = tell(&plan, model);
+        if plan.narrows() {
+            done.cut = self.cut(&before.unwrap_or_default(), model).await;
+        }
         Ok(done)
     }
 
-    /// The plan; `None` if neither model nor tables changed since the last time, or if it is not
-    /// known what should be.
+    /// The plan; `None` if neither model nor tables changed since the last time.
     fn compare(&mut self, model: &Model, seen: &Arc<Ruleset>) -> Option<Plan> {
-        let same =
-            |(last, tables): &(Model, Arc<Ruleset>)| Arc::ptr_eq(tables, seen) && last == model;
         // Nothing is known but that taps of ours are there: what filters them stays as it is.
-        let only_spares = model.guards.is_empty() && !model.spared.is_empty();
-        if only_spares || self.last.as_ref().is_some_and(same) {
-            return None;
+        if model.guards.is_empty() && !model.spared.is_empty() {
+            return Some(Plan::default());
         }
-        let zones = zones_of(model, seen);
-        let wanted = render(model, self.tracking, &zones, &mut self.rendered);
-        Some(wanted.plan(seen, &model.spared))
+        let mut tables = |model: &Model, touched| {
+            let zones = zones_of(model, seen);
+            render(model, self.tracking, &zones, &mut self.rendered, touched)
+        };
+        let last = self.last.as_ref().filter(|(_, tables)| Arc::ptr_eq(tables, seen));
+        Some(match last {
+            Some((last, _)) if last == model => return None,
+            // The tables are what `last` wanted, and nothing else.
+            Some((last, _)) if last.spared.is_empty() && model.spared.is_empty() => {
+                let touched = model.touched(last);
+                let there = tables(last, Some(&touched));
+                tables(model, Some(&touched)).plan(&there, &model.spared)
+            }
+            _ => tables(model, None).plan(seen, &model.spared),
+        })
     }
 
     /// Cuts the flows that the model does not allow any more. Others are not touched.
@@ -185,11 +196,16 @@ fn tell(plan: &Plan, model: &Model) -> Vec<(Option<ObjectRef>, String)> {
     let object_of_link = |link: &str| {
         let port = model.guards.iter().find(|(_, guard)| guard.tap == link);
         let network = || model.bridges.iter().find(|(_, bridge)| *bridge == link);
-        port.map(|(id, _)| id.object()).or_else(|| network().map(|(id, _)| id.object()))
+        let limited = || model.packets.get(link).map(|rules| rules.object);
+        let port = port.map(|(id, _)| id.object());
+        port.or_else(limited).or_else(|| network().map(|(id, _)| id.object()))
     };
     let mut told = Vec::new();
     for edit in plan.edits() {
-        let whole = |text: String, name: &str| (group_of(name), format!("firewall: {text}"));
+        let whole = |text: String, name: &str| {
+            let object = || object_of_link(packets::link_of(name)?);
+            (group_of(name).or_else(object), format!("firewall: {text}"))
+        };
         match edit {
             Edit::DropTable(table) => told.push(whole(format!("delete table {table}"), "")),
             Edit::MakeTable(table) => told.push(whole(format!("create table {table}"), "")),

@@ -57,7 +57,7 @@ impl FirewallHost for FakeFirewall {
         Ok(self.ruleset())
     }
 
-    async fn apply(&self, plan: &Plan) -> Result<(), FirewallError> {
+    async fn apply(&self, plan: &Plan) -> Result<Option<Arc<Ruleset>>, FirewallError> {
         let mut state = self.state();
         let fault = state.fault.take();
         let mut ruleset = (*state.ruleset).clone();
@@ -76,7 +76,7 @@ impl FirewallHost for FakeFirewall {
             state.transactions += 1;
         }
         state.ruleset = Arc::new(ruleset);
-        Ok(())
+        Ok(Some(Arc::clone(&state.ruleset)))
     }
 
     async fn flows(&self, _zones: &BTreeSet<u16>) -> Result<Vec<Flow>, FirewallError> {

@@ -14,6 +14,7 @@ use stackhand_model::{PortOwner, PortSpec, SecurityGroupSpec};
 use stackhand_runtime::agent::Desired;
 
 use crate::names;
+use crate::qos::PacketRules;
 
 /// The firewall that is wanted.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,6 +25,8 @@ pub struct Model {
     pub groups: BTreeMap<SecurityGroupId, Group>,
     /// Addresses of the members of groups that rules name as the other side.
     pub members: BTreeMap<SecurityGroupId, BTreeSet<IpNet>>,
+    /// By link: packet rates and marks, of ports that are filtered or not.
+    pub packets: BTreeMap<String, PacketRules>,
     /// Bridges of networks that have guards here.
     pub bridges: BTreeMap<NetworkId, String>,
     /// Zones in which another agent tracked the flows of bridges that are ours now, by bridge.
@@ -93,6 +96,17 @@ impl Guard {
     }
 }
 
+/// The ports and groups whose elements differ between two models.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Ports.
+    pub guards: BTreeSet<PortId>,
+    /// Groups whose members came or went.
+    pub members: BTreeSet<SecurityGroupId>,
+    /// Links whose rates or marks differ.
+    pub packets: BTreeSet<String>,
+}
+
 /// What the host tells that documents do not.
 pub struct Surroundings<'a> {
     /// The host's name.
@@ -103,6 +117,8 @@ pub struct Surroundings<'a> {
     pub has_link: &'a dyn Fn(&str) -> bool,
     /// Taps with our mark of which no document speaks.
     pub orphans: BTreeSet<String>,
+    /// Ports that have no link because another has one of that name.
+    pub barred: BTreeSet<ObjectRef>,
 }
 
 impl std::fmt::Debug for Surroundings<'_> {
@@ -138,7 +154,8 @@ impl Model {
         }
         let mut model = Self { spared: around.orphans, ..Self::default() };
         for (&id, &(port, deleting)) in &ports {
-            if port.host != around.host || !is_guarded(port) {
+            let is_barred = around.barred.contains(&id.object());
+            if port.host != around.host || !is_guarded(port) || is_barred {
                 continue;
             }
             let tap = names::tap(id);
@@ -215,6 +232,20 @@ impl Model {
         }
     }
 
+    /// Where elements differ from those of `before`.
+    #[must_use]
+    pub fn touched(&self, before: &Self) -> Touched {
+        // Where nobody is filtered there is no table, and so nobody is a member.
+        let nobody = BTreeMap::new();
+        let [now, was] =
+            [self, before].map(|it| if it.guards.is_empty() { &nobody } else { &it.members });
+        Touched {
+            guards: differing(&self.guards, &before.guards),
+            members: differing(now, was),
+            packets: differing(&self.packets, &before.packets),
+        }
+    }
+
     /// The guards by what they may send from, to find those of many addresses.
     #[must_use]
     pub fn by_address(&self) -> ByAddress {
@@ -251,6 +282,16 @@ impl ByAddress {
         };
         self.single.get(&(network, address)).copied().or_else(of_range)
     }
+}
+
+/// The keys under which two maps hold something else.
+fn differing<K: Ord + Clone, V: PartialEq>(
+    one: &BTreeMap<K, V>,
+    other: &BTreeMap<K, V>,
+) -> BTreeSet<K> {
+    let changed = one.iter().filter(|(key, value)| other.get(key) != Some(value));
+    let gone = other.keys().filter(|key| !one.contains_key(key));
+    changed.map(|(key, _)| key).chain(gone).cloned().collect()
 }
 
 /// What a port may send from: its own addresses, its pairs, and the link-local address that each

@@ -16,7 +16,7 @@ use stackhand_kernel::netlink::WriteCount;
 use stackhand_kernel::{KernelError, sysctl};
 
 use super::render;
-use super::ruleset::{self, Base, Chain, Edit, NAME, Plan, Rule, Ruleset, Set, Shape, TableName};
+use super::ruleset::{self, Base, Chain, Edit, Plan, Rule, Ruleset, Set, Shape, TableName};
 use super::{FirewallError, FirewallHost, Tracking};
 
 /// The program that loads rules.
@@ -71,6 +71,16 @@ impl KernelFirewall {
                 Err(FirewallError::Unable(format!("the firewall cannot be built: {error}")))
             }
         }
+    }
+
+    /// Finds out whether packets can be limited and marked. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// Passes on what `nft` says if they cannot.
+    pub async fn probe_packets(&self) -> Result<(), FirewallError> {
+        let plan = render::sample_packets().plan(&Ruleset::default(), &BTreeSet::new());
+        nft(&["--check"], ruleset::script(&plan.before)).await
     }
 
     fn known(&self) -> MutexGuard<'_, Option<(u32, Arc<Ruleset>)>> {
@@ -167,19 +177,21 @@ impl FirewallHost for KernelFirewall {
         ))
     }
 
-    async fn apply(&self, plan: &Plan) -> Result<(), FirewallError> {
+    async fn apply(&self, plan: &Plan) -> Result<Option<Arc<Ruleset>>, FirewallError> {
         let known = self.known().take();
         let transactions = self.make(plan).await?;
-        let Some((generation, ruleset)) = known else { return Ok(()) };
+        let Some((generation, ruleset)) = known else { return Ok(None) };
         // Each transaction is one generation: if there were others, somebody else's are among them,
         // and the tables are read anew.
         let now = self.netfilter.generation().await?;
-        if now == generation.wrapping_add(transactions) {
-            let mut changed = Arc::unwrap_or_clone(ruleset);
-            plan.edits().for_each(|edit| changed.change(edit));
-            *self.known() = Some((now, Arc::new(changed)));
+        if now != generation.wrapping_add(transactions) {
+            return Ok(None);
         }
-        Ok(())
+        let mut changed = Arc::unwrap_or_clone(ruleset);
+        plan.edits().for_each(|edit| changed.change(edit));
+        let changed = Arc::new(changed);
+        *self.known() = Some((now, Arc::clone(&changed)));
+        Ok(Some(changed))
     }
 
     async fn flows(&self, zones: &BTreeSet<u16>) -> Result<Vec<Flow>, FirewallError> {
@@ -194,7 +206,7 @@ impl FirewallHost for KernelFirewall {
 }
 
 fn table(name: TableName) -> Table {
-    Table { family: name.family(), name: NAME.to_owned() }
+    Table { family: name.family(), name: name.name().to_owned() }
 }
 
 fn listed(chain: &ListedChain) -> Chain {

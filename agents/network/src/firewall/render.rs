@@ -17,8 +17,10 @@ use uuid::Uuid;
 
 use super::Tracking;
 use super::clauses::{self, members_set};
-use super::model::{Group, Guard, Model};
+use super::model::{Group, Guard, Model, Touched};
+use super::packets;
 use super::ruleset::{Base, Chain, Field, Rule, Ruleset, Set, Shape, Table, TableName, digest};
+use crate::qos::PacketRules;
 
 /// The bit of a packet's mark that says: answer of an allowed flow. Used only by `br_netfilter`
 /// tracking, set and cleared between arrival and forwarding; other bits are left alone.
@@ -74,8 +76,8 @@ pub fn zones_of(model: &Model, seen: &Ruleset) -> BTreeMap<String, u16> {
 const ZONES: &str = "zones";
 const BRIDGES: &str = "bridges";
 const GUARDS: &str = "guards";
-const SENDERS: &str = "senders";
-const RECEIVERS: &str = "receivers";
+pub(super) const SENDERS: &str = "senders";
+pub(super) const RECEIVERS: &str = "receivers";
 const MACS: &str = "macs";
 
 /// Chains of groups as they were rendered last: a group that did not change costs nothing.
@@ -99,22 +101,30 @@ impl Rendered {
     }
 }
 
-/// The tables that enforce `model`.
+/// The tables that enforce `model`. With `touched`, the elements of other ports and groups are left out:
+/// for who compares the tables of two models that are alike there.
 #[must_use]
 pub fn render(
     model: &Model,
     tracking: Tracking,
     zones: &BTreeMap<String, u16>,
     rendered: &mut Rendered,
+    touched: Option<&Touched>,
 ) -> Ruleset {
+    let mut ruleset = Ruleset::default();
+    if let Some(table) = packets::table(&model.packets, touched) {
+        ruleset.tables.insert(TableName::Packets, table);
+    }
     if model.guards.is_empty() {
-        return Ruleset::default();
+        return ruleset;
     }
     rendered.0.retain(|id, _| model.groups.contains_key(id));
     let mut bridge = Table::default();
     skeleton(&mut bridge, tracking);
+    let none = BTreeSet::new();
     for (id, members) in &model.members {
-        member_sets(&mut bridge, *id, members);
+        let told = touched.is_none_or(|touched| touched.members.contains(id));
+        member_sets(&mut bridge, *id, if told { members } else { &none });
     }
     for (id, group) in &model.groups {
         for (word, rules) in ["in", "out"].into_iter().zip(rendered.rules(*id, group)) {
@@ -122,15 +132,21 @@ pub fn render(
             bridge.chains.insert(group_chain(*id, word), chain);
         }
     }
-    for guard in model.guards.values() {
-        port(&mut bridge, guard, tracking);
+    let mut profiles = BTreeMap::new();
+    for (id, guard) in &model.guards {
+        let key = guard.open.then(|| {
+            let alike = profiles.entry((guard.stateful, &guard.groups));
+            *alike.or_insert_with(|| profile(&mut bridge, guard, tracking))
+        });
+        if touched.is_none_or(|touched| touched.guards.contains(id)) {
+            port(&mut bridge, guard, key);
+        }
     }
     let zone = |(bridge, zone): (&String, &u16)| Element {
         data: Some(Data::Value(zone.to_ne_bytes().to_vec())),
         ..Element::new(Field::key(&[Field::Link(bridge.clone())]))
     };
     let zones = Set { shape: Shape::Zones, elements: zones.iter().map(zone).collect() };
-    let mut ruleset = Ruleset::default();
     match tracking {
         Tracking::Bridge => drop(bridge.sets.insert(ZONES.to_owned(), zones)),
         Tracking::BrNetfilter => {
@@ -159,7 +175,7 @@ fn told_by_ip() -> Table {
     table
 }
 
-fn chain<Line: Into<String>>(
+pub(super) fn chain<Line: Into<String>>(
     table: &mut Table,
     name: &str,
     base: Option<Base>,
@@ -300,41 +316,45 @@ fn claims_set(ranges: bool) -> String {
     format!("claims{}", if ranges { "-ranges" } else { "" })
 }
 
-/// One port: elements, and the profile that it shares with ports of the same groups.
-fn port(table: &mut Table, guard: &Guard, tracking: Tracking) {
-    let tap = || Field::Link(guard.tap.clone());
-    let verdict = |judgement| Element {
-        data: Some(Data::Verdict(judgement)),
-        ..Element::new(Field::key(&[tap()]))
-    };
-    let lead = |judgement: Judgement, map: &str, table: &mut Table| {
-        add(table, map, verdict(judgement));
-    };
-    lead(Judgement::Jump("guard".to_owned()), GUARDS, table);
-    if !guard.open {
-        lead(Judgement::Drop, SENDERS, table);
-        lead(Judgement::Drop, RECEIVERS, table);
-        return;
-    }
+/// The chains of all ports that have the same groups as this one. Returns what they are known by.
+fn profile(table: &mut Table, guard: &Guard, tracking: Tracking) -> u64 {
     let groups: Vec<String> = guard.groups.iter().map(ToString::to_string).collect();
     let key = digest(&format!("{} {}", guard.stateful, groups.join(" ")));
+    let answers = match tracking {
+        Tracking::Bridge => "ct state established,related accept".to_owned(),
+        Tracking::BrNetfilter => format!("meta mark & {ANSWER} == {ANSWER} accept"),
+    };
+    for word in ["out", "in"] {
+        let lines = guard
+            .stateful
+            .then(|| answers.clone())
+            .into_iter()
+            .chain([format!("jump needed-{word}")])
+            .chain(guard.groups.iter().map(|id| format!("jump {}", group_chain(*id, word))))
+            .chain(["drop".to_owned()]);
+        chain(table, &profile_chain(key, word), None, lines);
+    }
+    key
+}
+
+fn profile_chain(key: u64, word: &str) -> String {
+    format!("ports-{key:016x}-{word}")
+}
+
+/// The elements of one port that has the chains of `profile`, or is shut.
+fn port(table: &mut Table, guard: &Guard, profile: Option<u64>) {
+    let tap = || Field::Link(guard.tap.clone());
+    let mut lead = |map: &str, judgement: Judgement| {
+        let data = Some(Data::Verdict(judgement));
+        add(table, map, Element { data, ..Element::new(Field::key(&[tap()])) });
+    };
+    lead(GUARDS, Judgement::Jump("guard".to_owned()));
     for (word, map) in [("out", SENDERS), ("in", RECEIVERS)] {
-        let profile = format!("ports-{key:016x}-{word}");
-        lead(Judgement::Jump(profile.clone()), map, table);
-        if !table.chains.contains_key(&profile) {
-            let answers = match tracking {
-                Tracking::Bridge => "ct state established,related accept".to_owned(),
-                Tracking::BrNetfilter => format!("meta mark & {ANSWER} == {ANSWER} accept"),
-            };
-            let lines = guard
-                .stateful
-                .then_some(answers)
-                .into_iter()
-                .chain([format!("jump needed-{word}")])
-                .chain(guard.groups.iter().map(|id| format!("jump {}", group_chain(*id, word))))
-                .chain(["drop".to_owned()]);
-            chain(table, &profile, None, lines);
-        }
+        let chain = profile.map(|key| Judgement::Jump(profile_chain(key, word)));
+        lead(map, chain.unwrap_or(Judgement::Drop));
+    }
+    if profile.is_none() {
+        return;
     }
     for mac in guard.macs() {
         add(table, MACS, Element::new(Field::key(&[tap(), Field::Mac(mac)])));
@@ -352,7 +372,7 @@ fn port(table: &mut Table, guard: &Guard, tracking: Tracking) {
     }
 }
 
-fn add(table: &mut Table, set: &str, element: Element) {
+pub(super) fn add(table: &mut Table, set: &str, element: Element) {
     if let Some(set) = table.sets.get_mut(set) {
         set.elements.insert(element);
     }
@@ -470,7 +490,7 @@ pub(super) fn sample(tracking: Tracking) -> Ruleset {
     let mut model = Model::default();
     model.guards.insert(PortId(Uuid::nil()), guard);
     model.members.insert(group, BTreeSet::new());
-    let mut ruleset = render(&model, tracking, &BTreeMap::new(), &mut Rendered::default());
+    let mut ruleset = render(&model, tracking, &BTreeMap::new(), &mut Rendered::default(), None);
     let rule = |port_range_min| SecurityGroupRule {
         direction: Direction::Ingress,
         ethertype: Ethertype::IPv4,
@@ -490,4 +510,13 @@ pub(super) fn sample(tracking: Tracking) -> Ruleset {
         }
     }
     ruleset
+}
+
+/// Every limit and mark that there is, to try a kernel with.
+pub(super) fn sample_packets() -> Ruleset {
+    let object = PortId(Uuid::nil()).object();
+    let (rate, dscp) = (Some(1000), Some(46));
+    let rules = PacketRules { object, to_guest: rate, from_guest: rate, dscp };
+    let model = Model { packets: [("tap0".to_owned(), rules)].into(), ..Model::default() };
+    render(&model, Tracking::Bridge, &BTreeMap::new(), &mut Rendered::default(), None)
 }

@@ -12,16 +12,18 @@ use stackhand_kernel::netfilter::{Data, Element, Family, Judgement};
 use stackhand_model::{MacAddr, ObjectRef, SecurityGroupId};
 use uuid::Uuid;
 
-/// The name of our tables, in whatever family.
-pub const NAME: &str = "stackhand";
+/// The names of our tables, in whatever family.
+pub const NAMES: [&str; 2] = ["stackhand", "stackhand_qos"];
 
-/// A table of ours, by its family.
+/// A table of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TableName {
     /// Rules on frames of bridges.
     Bridge,
     /// What the IP layer knows of bridged packets.
     Inet,
+    /// Packet rates and marks, on bridges.
+    Packets,
 }
 
 /// All tables of ours.
@@ -54,7 +56,7 @@ pub struct Chain {
 /// Where packets enter a chain. What the chain does not judge passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Base {
-    /// The kernel's number of the hook: 0 arrival, 1 to the host, 2 forwarding.
+    /// The kernel's number of the hook: 0 arrival, 1 to the host, 2 forwarding, 4 departure.
     pub hook: u32,
     /// Lower is earlier.
     pub priority: i32,
@@ -194,26 +196,30 @@ pub(super) fn digest(text: &str) -> u64 {
 }
 
 impl TableName {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Bridge, Self::Inet];
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Bridge, Self::Inet, Self::Packets];
 
     /// Its family.
     #[must_use]
     pub fn family(self) -> Family {
         match self {
-            Self::Bridge => Family::Bridge,
+            Self::Bridge | Self::Packets => Family::Bridge,
             Self::Inet => Family::Inet,
         }
+    }
+
+    /// Its name in the family.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        let [filter, packets] = NAMES;
+        if self == Self::Packets { packets } else { filter }
     }
 }
 
 impl fmt::Display for TableName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = match self {
-            Self::Bridge => "bridge",
-            Self::Inet => "inet",
-        };
-        write!(f, "{family} {NAME}")
+        let family = if *self == Self::Inet { "inet" } else { "bridge" };
+        write!(f, "{family} {}", self.name())
     }
 }
 
@@ -261,10 +267,10 @@ impl Plan {
         self.before.iter().chain(&self.elements).chain(&self.after)
     }
 
-    /// Whether something that passed before may not pass any more.
+    /// Whether something that passed before may not pass any more. Rates and marks judge nothing.
     #[must_use]
     pub fn narrows(&self) -> bool {
-        self.edits().any(|edit| match edit {
+        self.edits().filter(|edit| edit.table() != TableName::Packets).any(|edit| match edit {
             Edit::Remove(..) | Edit::DropTable(_) | Edit::Fill(..) | Edit::DropChain(..) => true,
             Edit::Add(_, _, shape, _) => *shape == Shape::Verdicts,
             Edit::MakeTable(_) | Edit::MakeSet(..) | Edit::MakeChain(..) | Edit::DropSet(..) => {
@@ -331,23 +337,32 @@ impl Plan {
     }
 }
 
+impl Edit {
+    /// The table that it changes.
+    #[must_use]
+    pub fn table(&self) -> TableName {
+        match self {
+            Self::DropTable(name)
+            | Self::MakeTable(name)
+            | Self::MakeSet(name, ..)
+            | Self::MakeChain(name, ..)
+            | Self::Fill(name, ..)
+            | Self::DropChain(name, ..)
+            | Self::DropSet(name, ..)
+            | Self::Add(name, ..)
+            | Self::Remove(name, ..) => *name,
+        }
+    }
+}
+
 /// Makes the changes on values, as the kernel does on its own.
 impl Ruleset {
     /// Makes one change.
     pub fn change(&mut self, edit: &Edit) {
-        let tables = &mut self.tables;
-        let name = match edit {
-            Edit::DropTable(name) => return drop(tables.remove(name)),
-            Edit::MakeTable(name)
-            | Edit::MakeSet(name, ..)
-            | Edit::MakeChain(name, ..)
-            | Edit::Fill(name, ..)
-            | Edit::DropChain(name, ..)
-            | Edit::DropSet(name, ..)
-            | Edit::Add(name, ..)
-            | Edit::Remove(name, ..) => *name,
-        };
-        let table = tables.entry(name).or_default();
+        if let Edit::DropTable(name) = edit {
+            return drop(self.tables.remove(name));
+        }
+        let table = self.tables.entry(edit.table()).or_default();
         match edit {
             Edit::DropTable(_) | Edit::MakeTable(_) => {}
             Edit::MakeSet(_, set, shape) => {
@@ -419,6 +434,7 @@ impl fmt::Display for Base {
         let hook = match self.hook {
             0 => "prerouting",
             1 => "input",
+            4 => "postrouting",
             _ => "forward",
         };
         write!(f, "type filter hook {hook} priority {}; policy accept;", self.priority)

@@ -15,6 +15,7 @@ use super::fake::FakeFirewall;
 use super::model::Group;
 use super::ruleset::{self, Rule, TableName};
 use super::*;
+use crate::qos::PacketRules;
 
 fn id(number: u8) -> Uuid {
     Uuid::from_u128(u128::from(number) << 96 | 1)
@@ -122,9 +123,17 @@ fn model() -> impl Strategy<Value = Model> {
         0..2_u8,
     );
     let groups = prop::collection::vec(prop::collection::vec(rule(), 0..5), 3);
-    (prop::collection::btree_map(0..5_u8, guard, 0..4), groups, member_nets()).prop_map(
-        |(guards, groups, members)| {
+    let limits =
+        (prop::option::of(1..3_u32), prop::option::of(1..3_u32), prop::option::of(1..3_u8));
+    let limits = prop::collection::btree_map(0..5_u8, limits, 0..3);
+    (prop::collection::btree_map(0..5_u8, guard, 0..4), groups, member_nets(), limits).prop_map(
+        |(guards, groups, members, limits)| {
             let mut model = Model { members, ..Model::default() };
+            for (number, (to_guest, from_guest, dscp)) in limits {
+                let object = PortId(id(number)).object();
+                let rules = PacketRules { object, to_guest, from_guest, dscp };
+                model.packets.insert(format!("tap{number}"), rules);
+            }
             for (number, rules) in (0..).zip(groups) {
                 model.groups.insert(group_id(number), group(number, &json!(rules)));
             }
@@ -146,6 +155,30 @@ fn model() -> impl Strategy<Value = Model> {
             model
         },
     )
+}
+
+/// A model that has something of both.
+fn mixed(one: &Model, other: &Model, picks: &[bool]) -> Model {
+    fn mix<K: Ord + Clone, V: Clone>(
+        one: &BTreeMap<K, V>,
+        other: &BTreeMap<K, V>,
+        picks: &[bool],
+    ) -> BTreeMap<K, V> {
+        let keys: BTreeSet<&K> = one.keys().chain(other.keys()).collect();
+        let from = |(key, first): (&K, &bool)| {
+            let value = if *first { one.get(key) } else { other.get(key) };
+            value.map(|value| (key.clone(), value.clone()))
+        };
+        keys.into_iter().zip(picks.iter().cycle()).filter_map(from).collect()
+    }
+    Model {
+        guards: mix(&one.guards, &other.guards, picks),
+        groups: mix(&one.groups, &other.groups, picks),
+        members: mix(&one.members, &other.members, picks),
+        packets: mix(&one.packets, &other.packets, picks),
+        bridges: one.bridges.iter().chain(&other.bridges).map(|(a, b)| (*a, b.clone())).collect(),
+        ..Model::default()
+    }
 }
 
 /// Whether a clause holds for a packet, by the words that it has for the kernel.
@@ -231,6 +264,46 @@ proptest! {
             let mut restarted = Enforcer::new(enforcer.into_host(), tracking);
             prop_assert_eq!(restarted.enforce(&other).await.unwrap(), Done::default());
             prop_assert_eq!(restarted.host().transactions(), before, "a restart writes nothing");
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn a_change_that_is_compared_in_part_is_the_one_that_is_compared_in_whole(
+        one in model(), other in model(), picks in prop::collection::vec(any::<bool>(), 1..9),
+    ) {
+        let other = mixed(&one, &other, &picks);
+        let (spared, tracking) = (BTreeSet::new(), Tracking::BrNetfilter);
+        let mut rendered = Rendered::default();
+        let mut tables = |model: &Model, seen: &Ruleset, touched: Option<&Touched>| {
+            render(model, tracking, &zones_of(model, seen), &mut rendered, touched)
+        };
+        let there = tables(&one, &Ruleset::default(), None);
+        let whole = tables(&other, &there, None).plan(&there, &spared);
+        let touched = other.touched(&one);
+        let part = tables(&one, &there, Some(&touched));
+        let part = tables(&other, &there, Some(&touched)).plan(&part, &spared);
+        prop_assert_eq!(part, whole);
+    }
+
+    #[test]
+    fn many_changes_one_by_one_leave_what_an_agent_makes_that_starts_from_nothing(
+        models in prop::collection::vec(model(), 2..4),
+        picks in prop::collection::vec(any::<bool>(), 1..9),
+    ) {
+        let tracking = Tracking::Bridge;
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), tracking);
+            let mut last = models[0].clone();
+            for model in &models {
+                last = mixed(&last, model, &picks);
+                enforcer.enforce(&last).await.unwrap();
+                prop_assert_eq!(enforcer.enforce(&last).await.unwrap(), Done::default());
+            }
+            let mut fresh = Enforcer::new(FakeFirewall::default(), tracking);
+            fresh.enforce(&last).await.unwrap();
+            let (ours, fresh) = (enforcer.host().ruleset(), fresh.host().ruleset());
+            prop_assert_eq!(without_zones(&ours), without_zones(&fresh));
             Ok(())
         })?;
     }
@@ -330,7 +403,7 @@ fn zones_are_kept_and_the_lowest_free_one_is_taken() {
     };
     let model = Model { guards: [(PortId(id(1)), guard)].into(), ..Model::default() };
     let taken = [("brq2".into(), 4098)].into();
-    let seen = render(&model, Tracking::Bridge, &taken, &mut Rendered::default());
+    let seen = render(&model, Tracking::Bridge, &taken, &mut Rendered::default(), None);
     let later = zones([network(2), network(3)].into(), &seen);
     assert_eq!(later, [("brq2".into(), 4098), ("brq3".into(), 4097)].into());
 }
