@@ -2,122 +2,27 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[path = "support/program.rs"]
+mod program;
+#[path = "support/stream.rs"]
+mod stream;
 mod support;
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use program::Program;
 use serde_json::json;
-use stackhand_bus::local::LocalTransport;
-use stackhand_kernel::Netns;
 use stackhand_kernel::netlink::{Event, Monitor};
-use stackhand_model::{AgentKind, Document};
+use stackhand_model::Document;
 use stackhand_network::desired::host_wish;
 use stackhand_network::l2::netlink::NetlinkHost;
 use stackhand_network::l2::{HostNet, plan};
-use stackhand_runtime::api::Condition;
-use stackhand_runtime::client::AgentClient;
-use stackhand_testkit::{Spawned, bin, wait_for};
+use stackhand_testkit::wait_for;
+use stream::stream;
 use support::{Documents, Guest, agent, link, local, mac, network, on_a_host, port, run, short};
 use uuid::Uuid;
-
-/// The program with a folder of its own, which outlives it.
-struct Program {
-    folder: tempfile::TempDir,
-}
-
-impl Program {
-    fn new() -> Self {
-        // Short, because a socket's path has at most 107 bytes.
-        let folder = tempfile::Builder::new().prefix("shn-").tempdir_in("/tmp").unwrap();
-        let at = |name: &str| folder.path().join(name);
-        for name in ["etc", "state", "run"] {
-            std::fs::create_dir(at(name)).unwrap();
-        }
-        let settings =
-            format!("host = \"one\"\nstate_dir = {:?}\nrun_dir = {:?}\n", at("state"), at("run"));
-        std::fs::write(at("etc/network.toml"), settings).unwrap();
-        Self { folder }
-    }
-
-    /// Starts it in the calling thread's namespaces.
-    fn start(&self) -> Spawned {
-        let etc = self.folder.path().join("etc");
-        Spawned::start(bin("network-agent"), [Path::new("--config-dir"), &etc])
-    }
-
-    fn client(&self) -> AgentClient {
-        let socket = self.folder.path().join("run/network.sock");
-        let transport = LocalTransport::connect(socket);
-        AgentClient::new(Arc::new(transport), AgentKind::Network, "one")
-    }
-
-    /// Waits until it has looked at everything.
-    async fn ready(&self) {
-        wait_for(Duration::from_secs(30), "the agent to answer", || async {
-            self.client().ping().await.ok().map(drop)
-        })
-        .await;
-    }
-
-    /// Hands it documents and waits until all are active.
-    async fn apply(&self, documents: &Documents) {
-        self.ready().await;
-        let desired = documents.desired();
-        let all: Vec<Document> =
-            desired.objects.values().map(|held| held.document.as_ref().clone()).collect();
-        self.client().apply(&all).await.unwrap();
-        self.all_active(documents).await;
-    }
-
-    async fn all_active(&self, documents: &Documents) {
-        let objects: Vec<_> = documents.desired().objects.keys().copied().collect();
-        let limit = Duration::from_secs(30);
-        let settled = self.client().wait(&objects, Condition::Active, limit).await.unwrap();
-        assert_eq!(settled.len(), objects.len());
-    }
-
-    /// Changes that it has made to the kernel since it started.
-    async fn writes(&self) -> u64 {
-        self.client().facts().await.unwrap()["writes"].as_u64().unwrap()
-    }
-}
-
-/// A TCP stream between two guests that carries a byte every few milliseconds, until told to end.
-/// Returns the longest time that a byte took to come.
-async fn stream(from: &Guest, to: &Guest, address: &str, end: Arc<AtomicBool>) -> Duration {
-    let there = Netns::named(to.name()).unwrap();
-    let listener = there.inside("listen", || TcpListener::bind("0.0.0.0:0")).await.unwrap();
-    let target = format!("{address}:{}", listener.local_addr().unwrap().port());
-    let echo = tokio::task::spawn_blocking(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut byte = [0];
-        while stream.read(&mut byte).unwrap() == 1 {
-            stream.write_all(&byte).unwrap();
-        }
-    });
-    let here = Netns::named(from.name()).unwrap();
-    let mut stream = here.inside("connect", move || TcpStream::connect(target)).await.unwrap();
-    let longest = tokio::task::spawn_blocking(move || {
-        stream.set_nodelay(true).unwrap();
-        let mut longest = Duration::ZERO;
-        while !end.load(Ordering::Relaxed) {
-            let sent = Instant::now();
-            stream.write_all(&[1]).unwrap();
-            stream.read_exact(&mut [0]).unwrap();
-            longest = longest.max(sent.elapsed());
-            std::thread::sleep(Duration::from_millis(3));
-        }
-        longest
-    });
-    let longest = longest.await.unwrap();
-    echo.await.unwrap();
-    longest
-}
 
 #[test]
 fn flows_do_not_notice_that_the_agent_is_killed_and_started_again() {

@@ -2,16 +2,27 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[path = "support/program.rs"]
+mod program;
+#[path = "support/stream.rs"]
+mod stream;
 mod support;
 
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use program::Program;
 use serde_json::json;
-use stackhand_kernel::exec::Program;
+use stackhand_kernel::exec;
+use stackhand_kernel::netfilter::Netfilter;
 use stackhand_kernel::netlink::WriteCount;
 use stackhand_kernel::tun::{NewTap, VirtioHeader};
 use stackhand_network::takeover;
-use stackhand_runtime::agent::Outcome;
+use stackhand_runtime::agent::{Agent, Outcome};
+use stackhand_testkit::{Spawned, wait_for};
+use stream::stream;
 use support::{
     Documents, Guest, agent, agent_of, link, local, mac, network, on_a_host, port, run, short,
 };
@@ -81,13 +92,26 @@ impl Left {
              -j RETURN\n-A neutron-linuxbri-i{cut} -j neutron-linuxbri-sg-fallback\n\
              -A neutron-linuxbri-sg-fallback -j DROP\nCOMMIT\n"
         );
-        let restore = Program::new("/usr/sbin/iptables-restore").arg("--noflush").stdin(rules);
+        let restore =
+            exec::Program::new("/usr/sbin/iptables-restore").arg("--noflush").stdin(rules);
         restore.run().await.unwrap();
         let chain = format!("neutronMAC-{tap}");
         run(&format!("ebtables -t nat -N {chain} -P DROP")).await;
         run(&format!("ebtables -t nat -A PREROUTING -i {tap} -j {chain}")).await;
         run(&format!("ebtables -t nat -A {chain} -i {tap} --among-src {} -j RETURN", mac(10)))
             .await;
+    }
+
+    /// The zone in which that agent has the flows of the bridge tracked.
+    async fn zone(&self, zone: u16) {
+        let bridge = format!("brq{}", short(self.net));
+        let rules = format!(
+            "*raw\n:neutron-linuxbri-PREROUTING - [0:0]\n-A PREROUTING -j neutron-linuxbri-PREROUTING\n\
+             -A neutron-linuxbri-PREROUTING -m physdev --physdev-in {bridge} -j CT --zone {zone}\n\
+             -A neutron-linuxbri-PREROUTING -i {bridge} -j CT --zone {zone}\nCOMMIT\n"
+        );
+        let restore = exec::Program::new("/usr/sbin/iptables-restore").arg("--noflush");
+        restore.stdin(rules).run().await.unwrap();
     }
 
     fn documents(&self) -> Documents {
@@ -187,6 +211,113 @@ fn a_host_is_taken_over_and_given_back_without_a_lost_packet() {
 }
 
 #[test]
+fn flows_that_the_other_agent_tracked_go_on_through_takeover_and_restart() {
+    on_a_host(|| async {
+        let left = Left::build().await;
+        left.zone(5000).await;
+        let guests = guests(&left).await;
+        // What the host tracks of the stream, which is told by its number: another one is another.
+        let netfilter = Netfilter::open(WriteCount::default()).unwrap();
+        let tracked = || async {
+            let flows = netfilter.flows().await.unwrap();
+            flows.into_iter().find(|flow| flow.original.protocol == 6)
+        };
+        let mut documents = left.documents();
+        let (client, server) = (Uuid::new_v4(), Uuid::new_v4());
+        documents.put(
+            "SecurityGroup",
+            "client",
+            client,
+            json!({"rules": [
+                {"direction": "egress"},
+            ]}),
+        );
+        documents.put(
+            "SecurityGroup",
+            "server",
+            server,
+            json!({"rules": [
+                {"direction": "ingress", "protocol": "tcp", "remote_group": client},
+            ]}),
+        );
+        for (last, id, group) in [(10, left.ports[0], client), (11, left.ports[1], server)] {
+            let more = json!({
+                "owner": "external", "port_security": true, "security_groups": [group],
+            });
+            documents.put("Port", &format!("p{last}"), id, port(left.net, "one", last, &more));
+        }
+        let mut willing = local("one");
+        (willing.takeover, willing.vxlan_port) = (true, 8472);
+
+        let end = Arc::new(AtomicBool::new(false));
+        let watched = stream(&guests[0], &guests[1], "10.7.0.11", Arc::clone(&end));
+        let agents = async {
+            let flow = wait_for(Duration::from_secs(20), "the stream to be tracked", tracked).await;
+            assert_eq!(flow.zone, 5000);
+            let (agent, _) = agent_of(willing.clone(), Duration::ZERO);
+            documents.settle(&agent).await;
+            documents.rest(&agent).await;
+            assert!(!run("iptables-save").await.contains("neutron"));
+            let zones = run("nft list map inet stackhand zones").await;
+            assert!(zones.contains(" : 5000"), "{zones}");
+            assert_eq!(tracked().await, Some(flow.clone()), "after the takeover");
+            drop(agent);
+            let (agent, _) = agent_of(willing, Duration::ZERO);
+            documents.rest(&agent).await;
+            assert_eq!(tracked().await, Some(flow), "after the restart");
+            // No rule lets anything begin in the other direction.
+            assert!(!guests[1].reaches("10.7.0.10").await);
+            end.store(true, Ordering::Relaxed);
+        };
+        let (longest, ()) = tokio::join!(watched, agents);
+        println!("longest answer on the open stream: {longest:?}");
+    });
+}
+
+#[test]
+fn the_program_takes_a_host_over_and_its_command_line_gives_it_back() {
+    on_a_host(|| async {
+        let left = Left::build().await;
+        left.filter().await;
+        let guests = guests(&left).await;
+        let tap = format!("tap{}", short(left.ports[2]));
+        let held = NewTap::open(&tap, false, VirtioHeader::Without).unwrap();
+        let before = run("ip -details link show").await;
+        assert!(!before.contains("stackhand"), "{before}");
+
+        let program = Program::with("[network]\ntakeover = true\nvxlan_port = 8472\n");
+        let mut agent = program.start();
+        let flood = guests[0].run("ping -i 0.002 -c 1500 -W 2 -q 10.7.0.11");
+        let taken = async {
+            program.apply(&left.documents()).await;
+            wait_for(Duration::from_secs(20), "the other agent's filter to go", || async {
+                (!run("iptables-save").await.contains("neutron-linuxbri")).then_some(())
+            })
+            .await;
+            let refusal = program.release().await.unwrap_err();
+            assert!(refusal.contains("the ledger is held by"), "while it runs: {refusal}");
+            agent.kill();
+            // What a killed process held is let go of in a moment of the kernel's choice.
+            wait_for(Duration::from_secs(20), "the host to be given back", || async {
+                program.release().await.ok()
+            })
+            .await
+        };
+        let (lost, told) = tokio::join!(flood, taken);
+        assert!(lost.contains(" 0% packet loss"), "{lost}");
+        assert!(told.starts_with("3 links are not this agent's any more"), "{told}");
+        let after = run("ip -details link show").await;
+        assert!(!after.contains("stackhand"), "{after}");
+        for name in [format!("brq{}", short(left.net)), "vxlan-77".to_owned(), tap] {
+            assert!(after.contains(&format!(" {name}: ")), "{name} stays: {after}");
+        }
+        let again = program.release().await.unwrap();
+        assert!(again.starts_with("0 links"), "{again}");
+        drop(held);
+    });
+}
+
+#[test]
 fn what_does_not_prove_itself_is_not_adopted() {
     on_a_host(|| async {
         let left = Left::build().await;
@@ -237,5 +368,77 @@ fn the_other_agents_filter_goes_and_other_peoples_rules_stay() {
         let count = writes.get();
         assert_eq!(takeover::remove_filters(&writes).await.unwrap(), [""; 0]);
         assert_eq!(writes.get(), count, "a second time there is nothing to do");
+    });
+}
+
+/// Starts what that agent starts for a network's DHCP, with the same arguments, for one guest.
+async fn dnsmasq(folder: &Path, space: &str, link: &str) -> Spawned {
+    let file = |name: &str| folder.join(name).display().to_string();
+    std::fs::write(file("host"), format!("{},host-10-7-0-10,10.7.0.10\n", mac(10))).unwrap();
+    let arguments = format!(
+        "netns exec {space} dnsmasq --keep-in-foreground --no-hosts --no-resolv --user=root \
+         --pid-file={} --dhcp-hostsfile={} --dhcp-leasefile={} --except-interface=lo \
+         --bind-dynamic --interface={link} --dhcp-range=set:subnet,10.7.0.0,static,255.255.255.0,86400s \
+         --conf-file=/dev/null --log-facility=-",
+        file("pid"),
+        file("host"),
+        file("leases"),
+    );
+    let server = Spawned::start("/usr/sbin/ip", arguments.split_whitespace());
+    wait_for(Duration::from_secs(20), "dnsmasq to listen", || async {
+        let sockets = run(&format!("ip netns exec {space} ss -lunH sport = 67")).await;
+        (!sockets.trim().is_empty()).then_some(())
+    })
+    .await;
+    server
+}
+
+#[test]
+fn the_other_agents_dhcp_server_is_named_and_serves_until_it_is_ended() {
+    on_a_host(|| async {
+        let folder = tempfile::tempdir_in("/tmp").unwrap();
+        let left = Left::build().await;
+        let server = Uuid::new_v4();
+        let (space, id) = (format!("qdhcp-{}", left.net), short(server));
+        run(&format!("ip netns add {space}")).await;
+        run(&format!("ip link add tap{id} type veth peer name ns-{id} netns {space}")).await;
+        run(&format!("ip link set tap{id} mtu 1450 master brq{} up", short(left.net))).await;
+        run(&format!("ip -n {space} link set ns-{id} address {} mtu 1450 up", mac(2))).await;
+        run(&format!("ip -n {space} address add 10.7.0.2/24 dev ns-{id}")).await;
+        run(&format!("ip -n {space} link set lo up")).await;
+        let mut dnsmasq = dnsmasq(folder.path(), &space, &format!("ns-{id}")).await;
+        let guest = Guest::start("first", left.ports[0], &mac(10)).await;
+        run(&format!("ip link set tap{} master brq{} up", short(left.ports[0]), short(left.net)))
+            .await;
+        assert_eq!(guest.udhcpc("").await.unwrap()["ip"], "10.7.0.10");
+
+        let mut documents = left.documents();
+        documents.put("Network", "net", left.net, network("vxlan", &json!({"segment": 77})));
+        let more = json!({"owner": "dhcp", "port_security": false});
+        documents.put("Port", "server", server, port(left.net, "one", 2, &more));
+        let mut second = port(left.net, "one", 11, &json!({"port_security": false}));
+        second["owner"] = json!("instance");
+        documents.put("Port", "p11", left.ports[1], second);
+        let mut willing = local("one");
+        (willing.takeover, willing.vxlan_port) = (true, 8472);
+        let (agent, _) = agent_of(willing, Duration::ZERO);
+        let report = documents.pass(&agent).await;
+        let (_, outcome) =
+            report.outcomes.iter().find(|(object, _)| object.id == left.net).unwrap();
+        let Outcome::Failed { reason, .. } = outcome else { panic!("{outcome:?}") };
+        let wanted =
+            format!("cannot serve DHCP in namespace {space}: another program serves there");
+        assert!(reason.contains(&wanted), "{reason}");
+        assert!(reason.contains(&format!("ip netns pids {space} | xargs kill")), "{reason}");
+        // It goes on serving; everything but the servers is taken over.
+        assert!(link(&format!("tap{id}")).await.unwrap()["ifalias"].is_string());
+        assert_eq!(guest.udhcpc("").await.unwrap()["ip"], "10.7.0.10");
+
+        dnsmasq.kill();
+        documents.settle(&agent).await;
+        documents.rest(&agent).await;
+        assert_eq!(guest.udhcpc("").await.unwrap()["ip"], "10.7.0.10");
+        let facts = agent.facts().await;
+        assert!(facts["dhcp"]["answered"].as_u64().unwrap() >= 2, "{}", facts["dhcp"]);
     });
 }

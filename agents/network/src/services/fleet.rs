@@ -154,6 +154,9 @@ impl<S: Service> Fleet<S> {
                     patience -= 1;
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
+                Err(error) if error.errno() == Some(libc::EADDRINUSE) => {
+                    return Err(taken(S::ACTION, name));
+                }
                 opened => break opened?,
             }
         };
@@ -161,5 +164,44 @@ impl<S: Service> Fleet<S> {
         let task = tokio::spawn(Arc::clone(&self.shared).run(place.clone(), sockets, table));
         self.running.insert(at.clone(), Running { place, binding, table: told, task });
         Ok(())
+    }
+}
+
+/// What to say where somebody else's server has the place.
+fn taken(action: &'static str, space: &str) -> KernelError {
+    let source = io::Error::other(format!(
+        "another program serves there; if it is one that OpenStack's agents start, disable that agent \
+         and end what it left: ip netns pids {space} | xargs kill"
+    ));
+    KernelError::Namespace { action, namespace: space.to_owned(), source }
+}
+
+/// Refuses a UDP port that another program has in the calling thread's namespace: DHCP servers may
+/// share theirs, and all would answer. `family` names the kernel's list of sockets.
+pub(super) fn alone_on(family: &str, port: u16) -> io::Result<()> {
+    match std::fs::read_to_string(format!("/proc/thread-self/net/{family}")) {
+        Ok(sockets) if has(&sockets, port) => Err(io::Error::from_raw_os_error(libc::EADDRINUSE)),
+        // A kernel without the family.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn has(sockets: &str, port: u16) -> bool {
+    let ending = format!(":{port:04X}");
+    let mut locals = sockets.lines().filter_map(|line| line.split_whitespace().nth(1));
+    locals.any(|local| local.ends_with(&ending))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has;
+
+    #[test]
+    fn a_server_is_known_by_its_port_and_a_client_is_none() {
+        let head = "   sl  local_address rem_address   st tx_queue rx_queue\n";
+        let socket = |port: &str| format!("{head}  412: 00000000:{port} 00000000:0000 07 0:0\n");
+        assert!(has(&socket("0043"), 67) && has(&socket("0223"), 547));
+        assert!(!has(&socket("0044"), 67) && !has(head, 67));
     }
 }

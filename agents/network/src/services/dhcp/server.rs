@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 
 use super::answer::{Delivery, Ignored, answer};
 use super::table::Table;
-use crate::services::fleet::{Place, Service, counter};
+use crate::services::fleet::{Place, Service, alone_on, counter};
 use crate::services::pace::Pace;
 
 /// Messages a second that one network's server reads. What comes faster is dropped by the kernel
@@ -111,6 +111,7 @@ impl Service for Server {
     fn binding(_: &Table) {}
 
     fn open(place: &Place, (): &()) -> io::Result<Self::Sockets> {
+        alone_on("udp", 67)?;
         let hear = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
         hear.set_nonblocking(true)?;
         hear.set_reuse_address(true)?;

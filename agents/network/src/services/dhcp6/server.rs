@@ -25,7 +25,7 @@ use super::table::Table;
 use super::wire::{Datagram, datagram};
 use crate::frame::{Ends, udp6};
 use crate::services::dhcp::{BUFFER, BURST, MOST_A_SECOND};
-use crate::services::fleet::{Place, Service, counter};
+use crate::services::fleet::{Place, Service, alone_on, counter};
 use crate::services::pace::Pace;
 
 /// Where clients and relays send to.
@@ -130,6 +130,7 @@ impl Service for Server {
     fn binding(_: &Table) {}
 
     fn open(place: &Place, (): &()) -> io::Result<Self::Sockets> {
+        alone_on("udp6", 547)?;
         let frames = packet::frames(place.index, Receive::EtherType(0x86dd))?;
         frames.attach_filter(&FOR_SERVERS)?;
         frames.set_recv_buffer_size(BUFFER)?;
