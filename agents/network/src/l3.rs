@@ -37,6 +37,9 @@ mod plan;
 mod tests;
 pub mod walk;
 
+/// Entries that a change is told with: a range of forwarded ports has thousands.
+const MOST_TOLD: usize = 20;
+
 /// A way to a destination.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hop {
@@ -170,7 +173,12 @@ impl Change {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |entries: &BTreeSet<Entry>| {
-            let texts: Vec<String> = entries.iter().map(Entry::to_string).collect();
+            let mut texts: Vec<String> =
+                entries.iter().take(MOST_TOLD).map(Entry::to_string).collect();
+            let more = entries.len() - texts.len();
+            if more > 0 {
+                texts.push(format!("and {more} more"));
+            }
             texts.join(", ")
         };
         match self {

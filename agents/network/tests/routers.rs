@@ -7,7 +7,7 @@ mod routed;
 mod support;
 
 use routed::{Routed, Server, connect, is_alive};
-use serde_json::json;
+use serde_json::{Value, json};
 use support::{agent, on_a_host, run};
 use uuid::Uuid;
 
@@ -80,7 +80,7 @@ fn a_floating_ip_works_both_ways_and_from_inside_and_is_cut_when_it_goes() {
 }
 
 #[test]
-fn forwarded_ports_lead_to_different_guests_and_others_do_not() {
+fn forwarded_ports_and_ranges_lead_to_different_guests_and_others_do_not() {
     on_a_host(|| async {
         let mut routed = Routed::new();
         routed.outside().await;
@@ -88,18 +88,21 @@ fn forwarded_ports_lead_to_different_guests_and_others_do_not() {
         let (agent, _) = agent("one");
         let on_web = Server::start("web", 8080).await;
         let on_db = Server::start("db", 0).await;
-        let forward = |external: u16, to: &str, port: u16| {
+        let forward = |external: Value, to: &str, port: Value| {
             json!({
                 "protocol": "tcp", "external_port": external,
                 "internal_address": to, "internal_port": port,
             })
         };
+        let db_port = on_db.port;
+        // The last of the range, whose ports are as many on both sides.
+        let (many, inside) = ("2000:5432", format!("{}:{db_port}", db_port - 3432));
         let spec = json!({
             "address": "203.0.113.60",
             "router": routed.router,
             "port_forwardings": [
-                forward(80, "10.7.0.10", on_web.port),
-                forward(5432, "10.8.0.11", on_db.port),
+                forward(json!(80), "10.7.0.10", json!(on_web.port)),
+                forward(json!(many), "10.8.0.11", json!(inside)),
             ],
         });
         routed.documents.put("FloatingIp", "shared", Uuid::from_u128(7), spec);
@@ -115,11 +118,13 @@ fn forwarded_ports_lead_to_different_guests_and_others_do_not() {
         let spec = json!({
             "address": "203.0.113.60",
             "router": routed.router,
-            "port_forwardings": [forward(5432, "10.8.0.11", on_db.port)],
+            "port_forwardings": [forward(json!(5432), "10.8.0.11", json!(db_port))],
         });
         routed.documents.put("FloatingIp", "shared", Uuid::from_u128(7), spec);
         routed.documents.settle(&agent).await;
-        assert!(is_alive(&mut to_db));
-        assert!(connect("outside", "203.0.113.60", 80).await.is_err());
+        assert!(is_alive(&mut to_db), "what leads where it led goes on");
+        for closed in [80, 2000, 5431] {
+            assert!(connect("outside", "203.0.113.60", closed).await.is_err(), "{closed}");
+        }
     });
 }

@@ -448,21 +448,18 @@ impl<'a> Builder<'a> {
         };
         let Some(port) = spec.port else {
             let mut entries = BTreeSet::new();
-            let mut doors = BTreeSet::new();
             for (index, forward) in spec.port_forwardings.iter().enumerate() {
-                let at = |field: &str| format!("port_forwardings[{index}].{field}");
-                let protocol = if forward.protocol == "udp" { 17 } else { 6 };
-                if !doors.insert((protocol, forward.external_port)) {
-                    let text = format!("{}: is listed twice", at("external_port"));
-                    return Err(Standing::Failed(text));
-                }
-                entries.insert(Entry::Forwarded {
+                let field = format!("port_forwardings[{index}].internal_address");
+                let to = inside(&field, forward.internal_address)?;
+                let protocol = forward.protocol_number();
+                let pairs = forward.pairs();
+                entries.extend(pairs.map(|(port, to_port)| Entry::Forwarded {
                     protocol,
                     address,
-                    port: forward.external_port,
-                    to: inside(&at("internal_address"), forward.internal_address)?,
-                    to_port: forward.internal_port,
-                });
+                    port,
+                    to,
+                    to_port,
+                }));
             }
             return Ok(entries);
         };

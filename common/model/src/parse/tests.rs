@@ -116,6 +116,46 @@ fn rules_between_fields_are_told_with_the_field() {
 }
 
 #[test]
+fn routers_and_floating_ips_are_told_what_they_lack() {
+    const ROUTER: &str = "
+kind: Router
+name: r
+spec:
+  host: node1
+  routes: [{destination: 172.16.0.0/12, next_hop: 10.0.0.9}]
+---
+kind: FloatingIp
+name: f
+spec:
+  address: 203.0.113.5
+  router: r
+  port_forwardings:
+    - {protocol: tcp, external_port: 22:25, internal_address: 10.0.0.5, internal_port: 2022:2025}
+    - {protocol: tcp, external_port: 80, internal_address: 10.0.0.5, internal_port: 8080}
+";
+    assert!(parse("m.yaml", ROUTER, "default").is_ok());
+    for (from, to, expected) in [
+        ("host: node1", "host: ''", "spec.host: is empty: a router needs the host that has it"),
+        ("  host: node1\n", "", "spec: missing field `host`"),
+        ("10.0.0.9", "fd00::9", "spec.routes[0].next_hop: is of another address family"),
+        (
+            "protocol: tcp",
+            "protocol: icmp",
+            "spec.port_forwardings[0].protocol: must be tcp or udp",
+        ),
+        ("external_port: 80,", "external_port: 24,", "[1].external_port: 24 overlaps 22:25"),
+        ("external_port: 80,", "external_port: 0,", "[1].external_port: \"0\" is neither a port"),
+        ("2022:2025", "2022:2026", "[0].internal_port: 2022:2026 has 5 ports, external_port 22:25"),
+    ] {
+        let problems = problems(&ROUTER.replacen(from, to, 1));
+        assert!(
+            problems.iter().any(|problem| problem.contains(expected)),
+            "{expected}: {problems:?}"
+        );
+    }
+}
+
+#[test]
 fn text_that_is_neither_yaml_nor_json_is_an_error_with_its_place() {
     for text in ["{\"kind\": }", "kind: [", "a: b: c", "\u{0}"] {
         let error = parse("m.yaml", text, "default").unwrap_err();

@@ -1,6 +1,7 @@
 //! What is wanted of the network agent. The words are Neutron's.
 
 pub(crate) mod check;
+mod forwarding;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,6 +15,8 @@ use uuid::Uuid;
 use super::guest::GuestData;
 use super::yes;
 use crate::{MacAddr, Name, NetworkId, PortId, QosPolicyId, RouterId, SecurityGroupId};
+
+pub use forwarding::{InvalidPorts, PortForwarding, PortRange};
 
 /// A host as the network sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -100,8 +103,10 @@ pub struct Subnet {
     /// Whether DHCP (IPv4) or `ipv6_mode` (IPv6) serves it.
     #[serde(default = "yes")]
     pub dhcp: bool,
-    /// Address of the DHCP port on it. Absent: the lowest free one is taken by the controller,
-    /// or the agent serves from the gateway's address if nobody else has it.
+    /// Address of the DHCP port on it. Absent: the lowest free one is taken by the controller. Where
+    /// guests make their own IPv6 addresses, or no controller did, the agent takes that of the
+    /// network's port of owner `dhcp`; else the gateway's on IPv4, if nobody else has it, and on IPv6
+    /// one made from the server's Ethernet address, if the prefix has 64 bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dhcp_address: Option<IpAddr>,
     /// DNS servers told to guests.
@@ -410,21 +415,7 @@ pub struct FloatingIpSpec {
     /// Which of the port's addresses. Default: its first of the same family.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fixed_address: Option<IpAddr>,
-    /// Single ports led to different places, when `port` is absent.
+    /// Ports led to different places, when `port` is absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub port_forwardings: Vec<PortForwarding>,
-}
-
-/// One external port led to one internal port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PortForwarding {
-    /// `tcp` or `udp`.
-    pub protocol: String,
-    /// Port of the floating IP.
-    pub external_port: u16,
-    /// Address it leads to.
-    pub internal_address: IpAddr,
-    /// Port it leads to.
-    pub internal_port: u16,
 }

@@ -347,13 +347,11 @@ impl FloatingIpSpec {
         if self.port.is_some() && !self.port_forwardings.is_empty() {
             return broken("port_forwardings", "cannot be given together with port");
         }
-        for (index, forward) in self.port_forwardings.iter().enumerate() {
-            if !matches!(forward.protocol.as_str(), "tcp" | "udp") {
-                return broken(format!("port_forwardings[{index}].protocol"), "must be tcp or udp");
-            }
-            if forward.external_port == 0 || forward.internal_port == 0 {
-                return broken(format!("port_forwardings[{index}]"), "ports are 1 to 65535");
-            }
+        for (index, forwarding) in self.port_forwardings.iter().enumerate() {
+            let at = |field: String| format!("port_forwardings[{index}].{field}");
+            forwarding
+                .check(&self.port_forwardings[..index])
+                .or_else(|(field, problem)| broken(at(field), problem))?;
         }
         Ok(())
     }
