@@ -332,7 +332,7 @@ impl NetworkAgent {
         for (object, reason) in services.serve(&wish.services, find).await {
             troubled.entry(object).or_insert(reason);
         }
-        let names: Vec<String> = wish.l2.spaces.keys().cloned().collect();
+        let names = wish.l2.spaces.keys().map(String::as_str).collect();
         self.watcher.follow(&names).await;
         let bridges = wish.l2.neighbours.keys();
         let bridges = bridges.filter_map(|name| self.host.known_index(&At::host(name.clone())));
@@ -359,31 +359,48 @@ impl NetworkAgent {
         }
     }
 
-    async fn look_and_plan(&self, desired: &Desired) -> Result<Look, KernelError> {
+    /// Looks, and computes what is wanted and to be done. What was wanted in a look before, by the
+    /// same documents, still is if the host itself is as it was.
+    async fn look_and_plan(
+        &self,
+        desired: &Desired,
+        before: Option<&Look>,
+    ) -> Result<Look, KernelError> {
         let seen = self.host.observe().await?;
-        let mut wish = host_wish(desired, &self.local, &seen);
-        wish.firewall.zones = self.zones_left().await;
-        if !wish.firewall.guards.is_empty()
-            && let Ok(tracking) = self.guarding.tracking().await
-        {
-            guarding::show_to_ip(&mut wish.l2, &wish.firewall, tracking);
-        }
+        let zones = self.zones_left().await;
+        let same =
+            |look: &&Look| look.wish.firewall.zones == zones && look.seen.host().eq(seen.host());
+        let wish = match before.filter(same) {
+            Some(look) => Arc::clone(&look.wish),
+            None => Arc::new(self.wish(desired, &seen, zones).await),
+        };
         let mut made = plan(&wish.l2, &seen, &BTreeSet::new());
         let sweep = self.sweepable(&made.orphans);
         if !sweep.is_empty() {
             made = plan(&wish.l2, &seen, &sweep);
         }
         let reachable = tasks::reachable(&wish, &seen);
-        let spaces = reachable.keys().cloned().collect();
+        let spaces = reachable.keys().map(|space| (*space).clone()).collect();
         let routers = self.routers.observe(&spaces).await?;
-        let tasks = tasks::in_order(&made, l3::plan(&reachable, &routers));
+        let tasks = tasks::in_order(&made, l3::plan(reachable, &routers));
         Ok(Look { wish, seen, routers, plan: made, tasks })
+    }
+
+    async fn wish(&self, desired: &Desired, seen: &Seen, zones: BTreeMap<String, u16>) -> HostWish {
+        let mut wish = host_wish(desired, &self.local, seen);
+        wish.firewall.zones = zones;
+        if !wish.firewall.guards.is_empty()
+            && let Ok(tracking) = self.guarding.tracking().await
+        {
+            guarding::show_to_ip(&mut wish.l2, &wish.firewall, tracking);
+        }
+        wish
     }
 }
 
 /// What a look at the host found, and what follows from it.
 struct Look {
-    wish: HostWish,
+    wish: Arc<HostWish>,
     seen: Arc<Seen>,
     routers: l3::Seen,
     plan: Plan,
@@ -404,7 +421,7 @@ impl Agent for NetworkAgent {
             Refusal::new(ErrorCode::Internal, format!("cannot look at the host: {reason}"))
         };
         let look = self
-            .look_and_plan(&wanted)
+            .look_and_plan(&wanted, None)
             .await
             .map_err(|error| cannot_look(Chain(&error).to_string()))?;
         let rules = self.guarding.plan(&look.wish.firewall).await.map_err(cannot_look)?;
@@ -424,7 +441,7 @@ impl Agent for NetworkAgent {
             self.host.look_anew();
         }
         self.watcher.about_to_look().await;
-        let mut look = match self.look_and_plan(&work.desired).await {
+        let mut look = match self.look_and_plan(&work.desired, None).await {
             Ok(looked) => looked,
             Err(error) => {
                 let reason = format!("cannot look at the host's network: {}", Chain(&error));
@@ -456,7 +473,7 @@ impl Agent for NetworkAgent {
                 break;
             }
             self.watcher.about_to_look().await;
-            let again = match self.look_and_plan(&work.desired).await {
+            let again = match self.look_and_plan(&work.desired, Some(&look)).await {
                 Ok(looked) => looked,
                 Err(error) => {
                     warn!(error = %Chain(&error), "cannot look at the host after changing it");

@@ -104,6 +104,8 @@ pub fn host_wish(desired: &Desired, local: &Local, seen: &Seen) -> HostWish {
         seen,
         documents: &documents,
         parents: BTreeSet::new(),
+        routed: BTreeMap::new(),
+        routed_networks: BTreeSet::new(),
         wish: HostWish::default(),
     };
     builder.wish.l2.takeover = local.takeover;
@@ -194,6 +196,9 @@ struct Builder<'a> {
     documents: &'a Documents<'a>,
     /// Links of the host that VLANs are on.
     parents: BTreeSet<String>,
+    /// Ports that are links of this host's routers, and the networks that those are on.
+    routed: BTreeMap<PortId, RouterId>,
+    routed_networks: BTreeSet<NetworkId>,
     wish: HostWish,
 }
 
@@ -263,7 +268,7 @@ impl Builder<'_> {
             self.documents.ports_of(id).filter(|(_, port)| port.host == self.local.host).collect();
         let has_taps = here.iter().any(|(_, port)| needs_tap(port));
         let serves = dhcp::serves(network, &self.local.host, has_taps);
-        if !has_taps && !serves && !self.is_routed(id) {
+        if !has_taps && !serves && !self.routed_networks.contains(&id) {
             return;
         }
         let uplink = match self.uplink(network) {

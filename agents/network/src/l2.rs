@@ -301,6 +301,13 @@ pub struct Seen {
     pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
 }
 
+impl Seen {
+    /// The links of the host itself, without those of namespaces.
+    pub fn host(&self) -> impl Iterator<Item = (&At, &SeenLink)> {
+        self.links.iter().take_while(|(at, _)| at.space.is_none())
+    }
+}
+
 /// One change to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

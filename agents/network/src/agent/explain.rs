@@ -123,7 +123,7 @@ impl NetworkAgent {
         desired: &Desired,
     ) -> Result<Passed, String> {
         let turn = self.turn.lock().await;
-        let looked = self.look_and_plan(desired).await;
+        let looked = self.look_and_plan(desired, None).await;
         drop(turn);
         let Look { wish, seen, routers, tasks, .. } =
             looked.map_err(|error| format!("cannot look at the host: {}", Chain(&error)))?;
@@ -159,7 +159,7 @@ impl NetworkAgent {
 
     async fn half(&self, id: PortId, asked: &Question, desired: &Desired) -> Result<Half, String> {
         let turn = self.turn.lock().await;
-        let looked = self.look_and_plan(desired).await;
+        let looked = self.look_and_plan(desired, None).await;
         let Look { wish, seen, .. } =
             looked.map_err(|error| format!("cannot look at the host: {}", Chain(&error)))?;
         let drift = self.guarding.plan(&wish.firewall).await;

@@ -71,14 +71,16 @@ pub(super) fn in_order(links: &Plan, routers: Vec<l3::Step>) -> Vec<Task> {
 }
 
 /// What is wanted of routers whose namespaces are ours or will be.
-pub(super) fn reachable(wish: &HostWish, seen: &Seen) -> l3::Wish {
+pub(super) fn reachable<'a>(
+    wish: &'a HostWish,
+    seen: &Seen,
+) -> BTreeMap<&'a String, &'a l3::Wanted> {
     let ours = |space: &String| match seen.spaces.get(space) {
         None | Some(Owner::Unfinished) => true,
         Some(Owner::Ours(mark)) => wish.l2.spaces.get(space) == Some(mark),
         Some(Owner::Foreign(_)) => false,
     };
-    let wanted = wish.l3.iter().filter(|(space, _)| ours(space));
-    wanted.map(|(space, wanted)| (space.clone(), wanted.clone())).collect()
+    wish.l3.iter().filter(|(space, _)| ours(space)).collect()
 }
 
 /// The addresses of routers' links that neighbours are to be told of after these deeds.

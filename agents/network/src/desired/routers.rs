@@ -68,6 +68,15 @@ impl RouterLink {
     }
 }
 
+/// What floating IPs cannot have.
+#[derive(Debug, Default)]
+struct Taken {
+    /// Addresses of ports, by the external network that they are on.
+    holders: BTreeMap<NetworkId, BTreeMap<IpAddr, PortId>>,
+    /// Keys of translations, by router.
+    keys: BTreeMap<RouterId, BTreeSet<(&'static str, Vec<u8>)>>,
+}
+
 impl<'a> Builder<'a> {
     /// Finds the links of this host's routers.
     pub(super) fn router_links(&mut self) {
@@ -95,6 +104,8 @@ impl<'a> Builder<'a> {
                     addresses: Some(BTreeSet::from([IpNet::V4(Ipv4Net::from(ADDRESS_V4))])),
                 },
             );
+            self.routed.extend(service.links.iter().map(|link| (link.port, id)));
+            self.routed_networks.extend(service.links.iter().map(|link| link.network));
             self.wish.routers.insert(id, service);
         }
     }
@@ -149,12 +160,7 @@ impl<'a> Builder<'a> {
         if spec.fixed_ips.is_empty() {
             return failed("has no address; give it a fixed IP".to_owned());
         }
-        let taken = self
-            .wish
-            .routers
-            .iter()
-            .find(|(_, other)| other.links.iter().any(|link| link.port == port));
-        if let Some((other, _)) = taken {
+        if let Some(other) = self.routed.get(&port) {
             return failed(format!("belongs to router {other}, too; give each a port of its own"));
         }
         if !spec.admin_up {
@@ -179,15 +185,10 @@ impl<'a> Builder<'a> {
         Ok(Some(RouterLink { port, network: spec.network, link, is_gateway, addresses }))
     }
 
-    /// Whether a router of this host has a link on the network.
-    pub(super) fn is_routed(&self, network: NetworkId) -> bool {
-        let mut links = self.wish.routers.values().flat_map(|router| &router.links);
-        links.any(|link| link.network == network)
-    }
-
     /// Wants the pair that joins a router's port to its network's bridge.
     pub(super) fn router_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &str) {
-        let found = self.wish.routers.values().find_map(|router| {
+        let router = self.routed.get(&id).and_then(|router| self.wish.routers.get(router));
+        let found = router.and_then(|router| {
             let link = router.links.iter().find(|link| link.port == id)?;
             Some((At::inside(router.space.clone(), link.link.clone()), link.addresses.clone()))
         });
@@ -339,8 +340,11 @@ impl<'a> Builder<'a> {
                 _ => None,
             })
             .collect();
+        // Taken out, so that they can be read while the rest of the wish is written.
+        let routers = std::mem::take(&mut self.wish.routers);
+        let mut taken = Taken::default();
         for (id, spec) in floating {
-            let Some(service) = self.wish.routers.get(&spec.router).cloned() else {
+            let Some(service) = routers.get(&spec.router) else {
                 if !self.all_routers().iter().any(|(router, _)| *router == spec.router) {
                     self.wait(
                         id.object(),
@@ -349,12 +353,13 @@ impl<'a> Builder<'a> {
                 }
                 continue;
             };
-            match self.floating_ip(&service, id.object(), spec) {
+            match self.floating_ip(service, id.object(), spec, &mut taken) {
                 Ok(()) => {}
                 Err(Standing::Failed(reason)) => self.fail(id.object(), reason),
                 Err(Standing::Pending(reason)) => self.wait(id.object(), reason),
             }
         }
+        self.wish.routers = routers;
         for &(object, spec) in &self.documents.leaving_floating {
             if let IpAddr::V4(address) = spec.address
                 && let Some(service) = self.wish.routers.get(&spec.router)
@@ -370,6 +375,7 @@ impl<'a> Builder<'a> {
         service: &RouterService,
         object: ObjectRef,
         spec: &FloatingIpSpec,
+        taken: &mut Taken,
     ) -> Result<(), Standing> {
         let failed = |text: String| Err(Standing::Failed(text));
         let IpAddr::V4(address) = spec.address else {
@@ -396,11 +402,14 @@ impl<'a> Builder<'a> {
             ));
         }
         let entries = self.translations(service, gateway, address, spec)?;
-        let owner = self
-            .documents
-            .ports_of(gateway.network)
-            .find(|(_, port)| port.fixed_ips.iter().any(|fixed| fixed.address == spec.address));
-        if let Some((port, _)) = owner {
+        let holders = taken.holders.entry(gateway.network).or_insert_with(|| {
+            let ports = self.documents.ports_of(gateway.network);
+            let addresses = |(id, port): (PortId, &'a PortSpec)| {
+                port.fixed_ips.iter().map(move |fixed| (fixed.address, id))
+            };
+            ports.flat_map(addresses).collect()
+        });
+        if let Some(port) = holders.get(&spec.address) {
             return failed(format!("address: {address} is that of port {port}; take a free one"));
         }
         let qg = At::inside(&service.space, &gateway.link);
@@ -413,7 +422,10 @@ impl<'a> Builder<'a> {
         if let Some(other) = wanted.owners.get(&address) {
             return failed(format!("address: {address} is that of {other}, too; take a free one"));
         }
-        let keys: BTreeSet<_> = wanted.nat.iter().map(Entry::key).collect();
+        let keys = taken.keys.entry(spec.router).or_insert_with(|| {
+            // Of what was there before any floating IP.
+            wanted.nat.iter().map(Entry::key).collect()
+        });
         if let Some(taken) = entries.iter().find(|entry| keys.contains(&entry.key())) {
             return failed(match taken {
                 Entry::Fixed { fixed, .. } => {
@@ -423,6 +435,7 @@ impl<'a> Builder<'a> {
             });
         }
         wanted.owners.insert(address, object);
+        keys.extend(entries.iter().map(Entry::key));
         wanted.nat.extend(entries);
         link.addresses.get_or_insert_default().insert(IpNet::V4(Ipv4Net::from(address)));
         Ok(())

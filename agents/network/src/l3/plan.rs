@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use stackhand_model::ObjectRef;
 
-use super::{Change, Entry, Seen, SeenNat, SeenRouter, Wanted, Wish};
+use super::{Change, Entry, Seen, SeenNat, SeenRouter, Wanted};
 
 /// One change, and the object it serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +21,10 @@ pub struct Step {
 /// Compares what is wanted of routers with what is seen. A namespace that is not seen is one that
 /// will be made.
 #[must_use]
-pub fn plan(wish: &Wish, seen: &Seen) -> Vec<Step> {
+pub fn plan<'a>(
+    wish: impl IntoIterator<Item = (&'a String, &'a Wanted)>,
+    seen: &Seen,
+) -> Vec<Step> {
     let nothing = SeenRouter::default();
     let mut steps = Vec::new();
     for (space, wanted) in wish {
