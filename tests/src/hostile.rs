@@ -1,6 +1,7 @@
 //! Every parser of bytes from outside, as a function that takes any bytes and must come back.
 //!
-//! The test `hostile_bytes` tries the inputs of `tests/fuzz/corpus`, whole, cut and damaged.
+//! The test `hostile_bytes` tries the inputs of `tests/fuzz/corpus`, whole, cut and damaged; the fuzzers go
+//! on from there.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -155,6 +156,7 @@ pub fn http(bytes: &[u8]) {
             ports: &[],
             domain: Some("example.org"),
             seed: &[],
+            password: None,
         };
         let page = stackhand_metadata::page(&guest, uri.path());
         let response = page.map_or_else(

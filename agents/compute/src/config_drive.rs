@@ -65,7 +65,15 @@ fn files(
     spec: &InstanceSpec,
     seed: &[u8],
 ) -> BTreeMap<String, Vec<u8>> {
-    let guest = Guest { id, name, data: &spec.guest, ports: &spec.ports, domain: None, seed };
+    let guest = Guest {
+        id,
+        name,
+        data: &spec.guest,
+        ports: &spec.ports,
+        domain: None,
+        seed,
+        password: None,
+    };
     match spec.config_drive_layout {
         ConfigDriveLayout::OpenStack => config_drive_files(&guest),
         ConfigDriveLayout::NoCloud => nocloud_files(&guest),

@@ -8,6 +8,7 @@ mod explain;
 mod filters;
 mod guarding;
 mod outcome;
+mod passwords;
 mod tasks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +25,7 @@ use stackhand_runtime::agent::{
     Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
 use stackhand_runtime::events::{EventLog, NewEvent};
+use stackhand_runtime::ledger::Journal;
 use stackhand_runtime::metrics::Reading;
 use stackhand_runtime::run::{AgentContext, StartError};
 use tracing::{debug, info, warn};
@@ -36,6 +38,7 @@ use crate::l3::announce::{Announced, Announcer};
 use crate::l3::netlink::KernelRouters;
 use crate::l3::{self, RouterNet};
 use crate::services::Services;
+use crate::services::metadata::Passwords;
 use crate::settings::NetworkSettings;
 use crate::watch::Watcher;
 use crate::{admit, probe};
@@ -125,6 +128,7 @@ impl NetworkAgent {
         let ask = move |stuck: &BTreeSet<ObjectRef>| wake.objects_changed(stuck.iter().copied());
         let mut agent = Self::new(local, grace, Arc::new(ask), context.events)?;
         agent.host_spec = context.settings.agent.host_spec();
+        agent.keep_passwords(context.journal);
         context.metrics.register_readings(agent.readings());
         Ok(agent)
     }
@@ -172,6 +176,12 @@ impl NetworkAgent {
             desired: Mutex::default(),
             host_spec: json!({}),
         })
+    }
+
+    /// Takes passwords of guests from now on, and keeps them in the agent's notes.
+    pub fn keep_passwords(&mut self, journal: Journal) {
+        let passwords = Passwords::new(journal, Arc::clone(&self.wake));
+        self.services.get_mut().keep_passwords(passwords);
     }
 
     /// Numbers for `/metrics`.
@@ -499,7 +509,9 @@ impl Agent for NetworkAgent {
         self.serve(&wish, &seen, &mut failed).await;
         self.announce(&wish, &seen, news);
         let undone = outcome::undone(&tasks);
-        let outcomes = outcome::outcomes(&work, &wish, &seen, &left, &failed, undone, unfiltered);
+        let mut outcomes =
+            outcome::outcomes(&work, &wish, &seen, &left, &failed, undone, unfiltered);
+        self.tell_passwords(&work.desired, &mut outcomes).await;
         let is_stuck =
             |outcome: &Outcome| matches!(outcome, Outcome::Failed { .. } | Outcome::Pending { .. });
         let stuck = outcomes.iter().filter(|(_, outcome)| is_stuck(outcome));
@@ -519,12 +531,14 @@ impl Agent for NetworkAgent {
     }
 
     async fn act(&self, action: Action) -> Result<Value, Refusal> {
-        if action.name == explain::EXPLAIN {
-            return self.explain(&action).await;
+        match action.name.as_str() {
+            explain::EXPLAIN => return self.explain(&action).await,
+            passwords::FORGET_PASSWORD => return self.forget_password(&action).await,
+            _ => {}
         }
         let message = format!(
-            "{} has no action {:?}; the network agent explains ports and routers, and repairs by \
-             itself",
+            "{} has no action {:?}; the network agent explains ports and routers, forgets passwords \
+             of ports' guests, and repairs by itself",
             action.object, action.name
         );
         Err(Refusal::new(ErrorCode::Unsupported, message).about(action.object))

@@ -33,6 +33,7 @@ use crate::names::{self, Mark};
 use crate::qos::{self, PacketRules};
 use crate::services::Site;
 
+pub(crate) use guests::guest_id;
 pub use routers::{RouterLink, RouterService};
 
 /// What this host is, as far as documents do not say.

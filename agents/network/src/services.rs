@@ -5,10 +5,10 @@
 //! Site ──watch──> one small task per socket ──> answer (pure) ──> guest
 //! ```
 //!
-//! Every table follows from documents alone, so there is nothing to remember: a restart opens the
-//! sockets again and goes on. Guests are hostile. What they send is parsed by bounded code that
-//! never panics, and each server reads no faster than it is willing to answer, so that one
-//! network's storm is its own.
+//! Every table follows from documents alone, so there is nothing to remember but the passwords that
+//! guests leave: a restart opens the sockets again and goes on. Guests are hostile. What they send
+//! is parsed by bounded code that never panics, and each server reads no faster than it is willing
+//! to answer, so that one network's storm is its own.
 
 pub mod dhcp;
 pub mod dhcp6;
@@ -28,6 +28,7 @@ use stackhand_runtime::metrics::Reading;
 
 use crate::l2::At;
 use fleet::Fleet;
+use metadata::Passwords;
 
 /// A link inside a namespace, and what is served there.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +89,18 @@ impl Services {
             metadata: Fleet::new(metadata::Server::default()),
             ra: Fleet::new(ra::Server::default()),
         }
+    }
+
+    /// Takes passwords of guests from now on, and keeps them there.
+    pub fn keep_passwords(&self, passwords: Passwords) {
+        // There is one place for them, given at the start.
+        let _given = self.metadata.shared().passwords().set(Arc::new(passwords));
+    }
+
+    /// The passwords of guests, if they are kept.
+    #[must_use]
+    pub fn passwords(&self) -> Option<Arc<Passwords>> {
+        self.metadata.shared().passwords().get().cloned()
     }
 
     /// Stops what is not wanted any more: a socket would keep its namespace.

@@ -36,6 +36,9 @@ pub struct Guest<'a> {
     pub domain: Option<&'a str>,
     /// Fresh random bytes for its random generator, [`SEED_BYTES`] long; empty: none are told.
     pub seed: &'a [u8],
+    /// The password that it made for itself and left at [`takes_password`]'s path, encrypted with
+    /// its owner's key.
+    pub password: Option<&'a str>,
 }
 
 /// A file or a folder's listing, as it goes over HTTP.
@@ -76,6 +79,17 @@ pub fn page(guest: &Guest<'_>, path: &str) -> Option<Page> {
         ["openstack", version, rest @ ..] => openstack::page(guest, version, rest),
         [version, rest @ ..] => ec2::page(guest, version, rest),
     }
+}
+
+/// Whether `path` is where a guest leaves the password that it made for itself, once and over HTTP
+/// alone.
+#[must_use]
+pub fn takes_password(path: &str) -> bool {
+    let mut parts = path.split('/').filter(|part| !part.is_empty());
+    parts.next() == Some("openstack")
+        && parts.next().is_some_and(openstack::has_password)
+        && parts.next() == Some(openstack::PASSWORD)
+        && parts.next().is_none()
 }
 
 /// The files of a config drive (label `config-2`), by path.

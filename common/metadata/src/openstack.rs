@@ -25,8 +25,12 @@ pub(crate) const VERSIONS: [&str; 10] = [
     "latest",
 ];
 
+/// Where a guest leaves a password.
+pub(crate) const PASSWORD: &str = "password";
+
 // Dates compare as text, and `latest` is after all of them.
 const RANDOM_SEED: &str = "2013-04-04";
+const PASSWORD_SINCE: &str = "2013-04-04";
 const VENDOR_DATA: &str = "2013-10-17";
 const NETWORK_DATA: &str = "2015-10-15";
 const PROJECT: &str = "2015-10-15";
@@ -38,10 +42,19 @@ const DEDICATED_CPUS: &str = "2020-10-14";
 pub(crate) fn page(guest: &Guest<'_>, version: &str, path: &[&str]) -> Option<Page> {
     let version = VERSIONS.into_iter().find(|known| *known == version)?;
     match path {
-        [] => Some(Page::list(names(guest, version))),
+        [] => {
+            let password = has_password(version).then_some(PASSWORD);
+            Some(Page::list(names(guest, version).into_iter().chain(password)))
+        }
+        [PASSWORD] if has_password(version) => Some(Page::text(guest.password.unwrap_or_default())),
         [name] if names(guest, version).contains(name) => file(guest, version, name),
         _ => None,
     }
+}
+
+/// Whether a version knows of passwords.
+pub(crate) fn has_password(version: &str) -> bool {
+    VERSIONS.contains(&version) && version >= PASSWORD_SINCE
 }
 
 /// The files of a config drive.

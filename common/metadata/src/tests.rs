@@ -57,6 +57,7 @@ fn with<T>(look: impl FnOnce(&Guest<'_>) -> T) -> T {
         ports: &ports,
         domain: Some("int.example.org"),
         seed: &[7; SEED_BYTES],
+        password: Some("secret="),
     })
 }
 
@@ -103,6 +104,21 @@ fn openstack_versions_know_what_they_knew_then() {
 }
 
 #[test]
+fn a_password_is_left_and_read_where_nova_has_it_and_is_on_no_drive() {
+    assert!(text("/openstack/2013-04-04").ends_with("\npassword"));
+    assert_eq!(text("/openstack/latest/password"), "secret=");
+    assert_eq!(with(|guest| page(guest, "/openstack/2012-08-10/password")), None);
+    assert!(takes_password("/openstack/latest/password"));
+    assert!(takes_password("//openstack//2013-10-17/password/"));
+    for path in ["/latest/password", "/openstack/2012-08-10/password", "/openstack/x/password"] {
+        assert!(!takes_password(path), "{path}");
+    }
+    assert!(!takes_password("/openstack/latest/password/more"));
+    let files = with(config_drive_files);
+    assert!(!files.keys().any(|path| path.ends_with("password")));
+}
+
+#[test]
 fn network_data_tells_what_the_guest_has_to_set_itself_and_no_more() {
     let data = json_at("/openstack/latest/network_data.json");
     assert_eq!(data["links"][0]["ethernet_mac_address"], "fa:16:3e:00:00:01");
@@ -144,7 +160,15 @@ fn host_names_are_made_of_names() {
         assert_eq!(host_name_of(name).as_deref(), host, "{name}");
     }
     let bare = GuestData::default();
-    let guest = Guest { id: id(), name: "???", data: &bare, ports: &[], domain: None, seed: &[] };
+    let guest = Guest {
+        id: id(),
+        name: "???",
+        data: &bare,
+        ports: &[],
+        domain: None,
+        seed: &[],
+        password: None,
+    };
     assert_eq!(guest.host_name(), format!("host-{}", id().short()));
 }
 

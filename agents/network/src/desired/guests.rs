@@ -135,8 +135,7 @@ impl Builder<'_> {
 
     fn known(&self, port: PortId, spec: &PortSpec, network: &NetworkSpec) -> Option<Known> {
         let data = Arc::clone(spec.guest.as_ref()?);
-        // A port without an instance is a guest of its own.
-        let id = spec.device.unwrap_or(port.0);
+        let id = guest_id(port, spec);
         let name = match (&data.name, &spec.dns_name) {
             (Some(name), _) => name.as_str().to_owned(),
             (None, Some(name)) => name.clone(),
@@ -144,7 +143,7 @@ impl Builder<'_> {
         };
         Some(Known {
             port,
-            id: InstanceId(id),
+            id,
             name,
             data,
             interfaces: self.interfaces(port, spec),
@@ -172,6 +171,11 @@ impl Builder<'_> {
         };
         all.iter().map(told).collect()
     }
+}
+
+/// The guest behind a port; a port without an instance is a guest of its own.
+pub(crate) fn guest_id(port: PortId, spec: &PortSpec) -> InstanceId {
+    InstanceId(spec.device.unwrap_or(port.0))
 }
 
 /// Ports by the instance that they belong to.

@@ -2,8 +2,10 @@
 //!
 //! A guest is known by the address that it asks from, on its network: the firewall sees to it that
 //! this is its own. What a client says of itself in headers counts for nothing, so no guest reads
-//! another's. Pages are made when they are asked for, from the documents.
+//! another's. Pages are made when they are asked for, from the documents; only a password that a guest
+//! left is kept.
 
+mod passwords;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use stackhand_metadata::{Guest, Page};
 use stackhand_model::{GuestData, InstanceId, InstancePort, PortId};
 
+pub use passwords::Passwords;
 pub use server::Server;
 
 /// Where guests ask by IPv4.
@@ -50,8 +53,8 @@ pub struct Known {
 }
 
 impl Known {
-    /// What the guest finds at `path`, with fresh random bytes.
-    fn page(&self, path: &str, seed: &[u8]) -> Option<Page> {
+    /// What the guest finds at `path`, with fresh random bytes and the password that it left.
+    fn page(&self, path: &str, seed: &[u8], password: Option<&str>) -> Option<Page> {
         let guest = Guest {
             id: self.id,
             name: &self.name,
@@ -59,6 +62,7 @@ impl Known {
             ports: &self.interfaces,
             domain: Some(&self.domain),
             seed,
+            password,
         };
         stackhand_metadata::page(&guest, path)
     }

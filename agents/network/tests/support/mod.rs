@@ -13,7 +13,7 @@ use stackhand_kernel::exec::Program;
 use stackhand_model::{Document, ObjectRef};
 use stackhand_network::NetworkAgent;
 use stackhand_network::desired::Local;
-use stackhand_runtime::agent::{Agent, Cause, Desired, Held, Outcome, PassReport, Work};
+use stackhand_runtime::agent::{Action, Agent, Cause, Desired, Held, Outcome, PassReport, Work};
 use stackhand_runtime::events::EventLog;
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -74,6 +74,17 @@ impl Documents {
 
     pub(crate) fn desired(&self) -> Arc<Desired> {
         Arc::new(Desired { objects: self.0.clone(), revision: 1 })
+    }
+
+    /// Something to be done with one of them.
+    pub(crate) fn action(&self, object: ObjectRef, name: &str) -> Action {
+        Action {
+            object,
+            document: Arc::clone(&self.0[&object].document),
+            name: name.to_owned(),
+            params: Value::Null,
+            request_id: "req-test".to_owned(),
+        }
     }
 
     /// One pass in which everything is due.
@@ -246,11 +257,18 @@ impl Guest {
         let line =
             format!("perfdhcp -R 1 -n 20 -r 20 -d 10 -W 2000000 -l eth0 {options} || [ $? = 3 ]");
         let inside = ["netns", "exec", &self.name, "sh", "-c", &line];
-        let tester = Program::new("/usr/sbin/ip").args(inside).limit(Duration::from_secs(60));
-        let told = tester.run().await.unwrap().text();
-        let received = told.lines().filter_map(|line| line.strip_prefix("received packets: "));
-        let received: Vec<u32> = received.map(|number| number.trim().parse().unwrap()).collect();
-        assert!(received.len() == 2 && received.iter().all(|number| *number >= 10), "{told}");
+        let mut told = String::new();
+        for _ in 0..5 {
+            let tester = Program::new("/usr/sbin/ip").args(inside).limit(Duration::from_secs(60));
+            told = tester.run().await.unwrap().text();
+            let received = told.lines().filter_map(|line| line.strip_prefix("received packets: "));
+            let received: Vec<u32> =
+                received.map(|number| number.trim().parse().unwrap()).collect();
+            if received.len() == 2 && received.iter().all(|number| *number >= 10) {
+                return;
+            }
+        }
+        panic!("{told}");
     }
 
     /// Gets a lease by ISC's client, and lets it renew once.

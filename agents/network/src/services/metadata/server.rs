@@ -5,10 +5,11 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -24,7 +25,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::Table;
+use super::passwords::{LONGEST, NotKept, Passwords};
+use super::{Known, Table};
 use crate::services::fleet::{Place, Service, counter};
 use crate::services::pace::Pace;
 
@@ -61,6 +63,8 @@ pub struct Server {
     turned_away: AtomicU64,
     places: Arc<Semaphore>,
     random: SystemRandom,
+    /// Where guests' passwords are kept; without it none is taken.
+    passwords: OnceLock<Arc<Passwords>>,
 }
 
 impl Default for Server {
@@ -73,6 +77,7 @@ impl Default for Server {
             turned_away: AtomicU64::new(0),
             places: Arc::new(Semaphore::new(MOST_AT_ALL)),
             random: SystemRandom::new(),
+            passwords: OnceLock::new(),
         }
     }
 }
@@ -90,7 +95,7 @@ struct Site {
 
 impl Site {
     /// The answer to a request from `source`. What the request says of itself is not looked at.
-    fn answer(&self, source: IpAddr, method: &Method, uri: &Uri) -> Response {
+    async fn answer(&self, source: IpAddr, method: &Method, uri: &Uri, body: Body) -> Response {
         let table = Arc::clone(&self.table.borrow());
         let Some(guest) = table.guests.get(&source) else {
             add(&self.server.strangers);
@@ -99,6 +104,14 @@ impl Site {
         if !self.may_ask(guest.port) {
             add(&self.server.slowed);
             return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")]).into_response();
+        }
+        let passwords = self.server.passwords.get();
+        let path = uri.path();
+        if method == Method::POST
+            && stackhand_metadata::takes_password(path)
+            && let Some(passwords) = passwords
+        {
+            return take_password(passwords, guest, body).await;
         }
         if method != Method::GET && method != Method::HEAD {
             let allowed = [(header::ALLOW, "GET, HEAD"), (header::CONNECTION, "close")];
@@ -109,8 +122,12 @@ impl Site {
             Ok(()) => &seed[..],
             Err(_none) => &[],
         };
-        let path = uri.path();
-        let page = if path.len() <= LONGEST_PATH { guest.page(path, seed) } else { None };
+        let password = passwords.and_then(|passwords| passwords.of(guest.id));
+        let page = if path.len() <= LONGEST_PATH {
+            guest.page(path, seed, password.as_deref())
+        } else {
+            None
+        };
         match page {
             Some(page) => {
                 add(&self.server.served);
@@ -171,12 +188,27 @@ impl Site {
     }
 
     async fn talk(self: Arc<Self>, stream: TcpStream, source: IpAddr) {
-        let handler = move |method: Method, uri: Uri| {
-            let answer = self.answer(source, &method, &uri);
-            async move { Ok::<_, Infallible>(answer) }
+        let handler = move |method: Method, uri: Uri, body: Body| async move {
+            Ok::<_, Infallible>(self.answer(source, &method, &uri, body).await)
         };
         serve_connection(stream, Router::new().fallback(handler), BOUNDS).await;
     }
+}
+
+/// What Nova answers to a guest that leaves a password.
+async fn take_password(passwords: &Passwords, guest: &Known, body: Body) -> Response {
+    // The rest of what is too long is not read.
+    let closing = [(header::CONNECTION, "close")];
+    let Ok(bytes) = axum::body::to_bytes(body, LONGEST).await else {
+        return (StatusCode::BAD_REQUEST, closing).into_response();
+    };
+    let status = match passwords.leave(guest, &bytes).await {
+        Ok(()) => StatusCode::OK,
+        Err(NotKept::Taken) => StatusCode::CONFLICT,
+        Err(NotKept::Bad) => StatusCode::BAD_REQUEST,
+        Err(NotKept::Failed) => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    status.into_response()
 }
 
 fn release(sources: &mut BTreeMap<IpAddr, usize>, source: IpAddr) {
@@ -189,6 +221,10 @@ fn release(sources: &mut BTreeMap<IpAddr, usize>, source: IpAddr) {
 }
 
 impl Server {
+    pub(in crate::services) fn passwords(&self) -> &OnceLock<Arc<Passwords>> {
+        &self.passwords
+    }
+
     pub(in crate::services) fn facts(&self, sites: usize) -> Value {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         json!({

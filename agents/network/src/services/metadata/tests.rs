@@ -15,7 +15,7 @@ fn a_guest_reads_its_own_pages() {
         interfaces: Vec::new(),
         domain: "int.example.org".into(),
     };
-    let page = known.page("/latest/meta-data/hostname", &[]).unwrap();
+    let page = known.page("/latest/meta-data/hostname", &[], None).unwrap();
     assert_eq!(page.body, b"web.int.example.org");
-    assert_eq!(known.page("/etc/passwd", &[]), None);
+    assert_eq!(known.page("/etc/passwd", &[], None), None);
 }
