@@ -39,6 +39,7 @@ test: setup lint build ## Check and test everything, as CI does
 .PHONY: build
 build: ## Build the programs and tests, unoptimised
 	$(stage) build cargo build --locked --workspace --all-targets
+	$(stage) fuzzers scripts/fuzz build
 
 .PHONY: test-fast
 test-fast: ## Unit and property tests alone: no broker, no guest, no root

@@ -25,7 +25,7 @@ const MAY_IMPORT: [(&str, &[&str]); 10] = [
 ];
 
 /// Crates that no program is linked with.
-const FOR_TESTS: [&str; 3] = ["testkit", "tests", "bench"];
+const FOR_TESTS: [&str; 4] = ["testkit", "tests", "bench", "fuzz"];
 
 /// For each of our crates, what its own code imports of ours.
 fn imports() -> BTreeMap<String, BTreeSet<String>> {

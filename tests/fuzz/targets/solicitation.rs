@@ -1,0 +1,4 @@
+//! Fuzzes router solicitations of guests.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| stackhand_tests::hostile::solicitation(bytes));
