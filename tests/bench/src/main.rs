@@ -10,10 +10,13 @@ mod compute;
 mod firewall;
 mod fleet;
 mod ledger;
+mod nat;
 mod network;
 mod outage;
 mod ports;
+mod routers;
 mod rpc;
+mod services;
 mod table;
 
 use std::path::PathBuf;
@@ -26,9 +29,9 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, outage, list, compute, ports, firewall. Default: all.
+    /// Which to run: rpc, ledger, agents, outage, list, compute, ports, firewall, routers, services, nat. Default: all.
     #[arg(value_parser = [
-        "rpc", "ledger", "agents", "outage", "list", "compute", "ports", "firewall",
+        "rpc", "ledger", "agents", "outage", "list", "compute", "ports", "firewall", "routers", "services", "nat",
     ])]
     names: Vec<String>,
     #[command(subcommand)]
@@ -80,6 +83,15 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("firewall") {
         all.extend(finish("firewall", firewall::run().await?)?);
+    }
+    if wanted("routers") {
+        all.extend(finish("routers", routers::run().await?)?);
+    }
+    if wanted("services") {
+        all.extend(finish("services", services::run().await?)?);
+    }
+    if wanted("nat") {
+        all.extend(finish("nat", nat::run().await?)?);
     }
     missed |= all.iter().any(|row| !row.met());
     table::print(&all)?;

@@ -25,6 +25,8 @@ pub(crate) struct Row {
 pub(crate) enum Bar {
     /// At most this.
     AtMost(f64),
+    /// At least this.
+    AtLeast(f64),
     /// At least this many times the floor.
     TimesFloor(f64),
     /// At most this many times the floor.
@@ -36,6 +38,10 @@ pub(crate) enum Bar {
 impl Row {
     pub(crate) fn at_most(what: &str, figure: f64, unit: &'static str, bar: f64) -> Self {
         Self { what: what.into(), figure, unit, bar: Bar::AtMost(bar), floor: None }
+    }
+
+    pub(crate) fn at_least(what: &str, figure: f64, unit: &'static str, bar: f64) -> Self {
+        Self { what: what.into(), figure, unit, bar: Bar::AtLeast(bar), floor: None }
     }
 
     pub(crate) fn times(what: &str, figure: f64, unit: &'static str, floor: f64, bar: f64) -> Self {
@@ -69,6 +75,7 @@ impl Row {
     pub(crate) fn met(&self) -> bool {
         match (self.bar, self.floor) {
             (Bar::AtMost(bar), _) => self.figure <= bar,
+            (Bar::AtLeast(bar), _) => self.figure >= bar,
             (Bar::TimesFloor(bar), Some(floor)) => self.figure >= bar * floor,
             (Bar::AtMostTimesFloor(bar), Some(floor)) => self.figure <= bar * floor,
             (Bar::TimesFloor(_) | Bar::AtMostTimesFloor(_), None) => false,
@@ -85,6 +92,7 @@ impl Row {
         let unit = self.unit;
         let (bar, floor) = match (self.bar, self.floor) {
             (Bar::AtMost(bar), _) => (format!("<= {} {unit}", number(bar)), String::new()),
+            (Bar::AtLeast(bar), _) => (format!(">= {} {unit}", number(bar)), String::new()),
             (Bar::AtMostTimesFloor(bar), Some(floor)) => (
                 format!("<= {bar} x floor"),
                 format!("{} {unit} (x {:.1})", number(floor), self.figure / floor),
