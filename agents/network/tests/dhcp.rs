@@ -5,6 +5,8 @@
 mod support;
 
 use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -200,11 +202,15 @@ fn a_storm_on_one_network_does_not_slow_down_another() {
         let space = Netns::named(storm.name()).unwrap();
         let index = Links::open_in(&space, WriteCount::default()).await.unwrap();
         let index = index.index("eth0").await.unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let leased = Arc::clone(&over);
+        let start = std::time::Instant::now();
         let flood = space.inside("send", move || {
             let socket = packet::frames(index, packet::Receive::Nothing)?;
             let frame = discover();
-            let (start, mut sent) = (std::time::Instant::now(), 0_u64);
-            while start.elapsed() < Duration::from_secs(3) {
+            let mut sent = 0_u64;
+            // 10,000 a second where the machine allows it, until the other network's guest has a lease.
+            while sent < 20_000 || !leased.load(Ordering::Relaxed) {
                 for _ in 0..100 {
                     sent += u64::from(socket.send(&frame).is_ok());
                 }
@@ -213,19 +219,22 @@ fn a_storm_on_one_network_does_not_slow_down_another() {
             Ok(sent)
         });
         let lease = async {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            let start = std::time::Instant::now();
-            guest.udhcpc("").await.unwrap();
-            start.elapsed()
+            let read = || async {
+                let facts = agent.facts().await;
+                facts["dhcp"]["ignored"]["unknown_client"].as_u64().filter(|read| *read > 300)
+            };
+            wait_for(Duration::from_secs(30), "the storm", read).await;
+            let told = guest.udhcpc("").await;
+            over.store(true, Ordering::Relaxed);
+            told.unwrap()
         };
-        let (sent, took) = tokio::join!(flood, lease);
-        let sent = sent.unwrap();
-        println!("{sent} messages sent in 3 s; the other network's lease took {took:?}");
-        assert!(sent > 5000, "no storm: {sent}");
-        assert!(took < Duration::from_secs(1), "{took:?}");
+        let (sent, told) = tokio::join!(flood, lease);
+        assert_eq!(told["ip"], "10.7.0.11");
         let facts = agent.facts().await;
         let read = facts["dhcp"]["ignored"]["unknown_client"].as_u64().unwrap();
-        assert!((500..6000).contains(&read), "read {read} of {sent}");
+        let (sent, seconds) = (sent.unwrap(), start.elapsed().as_secs() + 1);
+        // A burst, and so many a second: the rest is dropped before anybody looks at it.
+        assert!(read <= 400 + 1000 * seconds, "read {read} of {sent} in {seconds} s");
     });
 }
 

@@ -13,12 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use program::Program;
-use serde_json::json;
+use serde_json::{Value, json};
 use stackhand_kernel::netlink::{Event, Monitor};
 use stackhand_model::Document;
 use stackhand_network::desired::host_wish;
 use stackhand_network::l2::netlink::NetlinkHost;
 use stackhand_network::l2::{HostNet, plan};
+use stackhand_runtime::agent::Agent;
 use stackhand_testkit::wait_for;
 use stream::stream;
 use support::{Documents, Guest, agent, link, local, mac, network, on_a_host, port, run, short};
@@ -104,6 +105,13 @@ fn busy_host() -> Documents {
     documents
 }
 
+/// Guests of both networks are served all that they need.
+fn assert_serves_both(facts: &Value) {
+    for (service, sites) in [("dhcp", "networks"), ("dns", "networks"), ("metadata", "sites")] {
+        assert_eq!(facts[service][sites], 2, "{service}: {facts}");
+    }
+}
+
 async fn underlay() {
     run("ip link add under type veth peer name wire").await;
     run("ip address add 192.0.2.1/24 dev under").await;
@@ -133,6 +141,7 @@ fn an_executor_that_ends_after_any_step_is_finished_by_the_next() {
             let (agent, _) = agent("one");
             documents.settle(&agent).await;
             documents.rest(&agent).await;
+            assert_serves_both(&agent.facts().await);
         });
         steps = *total.lock().unwrap();
         // Every step near the start, where kinds differ; then every third.
@@ -177,6 +186,7 @@ fn a_program_that_is_killed_at_any_moment_leaves_nothing_that_the_next_does_not_
         program.ready().await;
         program.all_active(&documents).await;
         assert_eq!(program.writes().await, 0, "after {before} writes before");
+        assert_serves_both(&program.client().facts().await.unwrap());
         assert!(link("vxlan-7").await.is_some());
     });
 }

@@ -56,6 +56,32 @@ fn an_address_is_not_given_out_twice() {
 }
 
 #[test]
+fn a_pool_that_is_used_up_fails_whoever_comes_too_late() {
+    let held = cloud(&["node1"]);
+    let mut text = "
+kind: Network
+name: small
+spec:
+  type: local
+  subnets:
+    - {name: s, cidr: 10.9.0.0/24, dhcp: false, pools: [{start: 10.9.0.2, end: 10.9.0.3}]}
+"
+    .to_owned();
+    for port in ["a", "b", "c"] {
+        text += &format!("---\nkind: Port\nname: {port}\nspec: {{network: small, host: node1}}\n");
+    }
+    let problems = completed(&text, &held).unwrap_err();
+    let [problem] = &problems[..] else { panic!("{problems:?}") };
+    assert!(problem.contains(": Port "), "{problem}");
+    assert!(problem.ends_with("spec.fixed_ips: subnet s has no free address"), "{problem}");
+    // One external address, which the router takes.
+    let text = FIRST_CLOUD.replace("end: 10.0.0.220", "end: 10.0.0.210");
+    let problems = completed(&text, &held).unwrap_err();
+    let problem = "FloatingIp web-fip: spec.address: the external network has no free address";
+    assert!(problems.iter().any(|it| it.ends_with(problem)), "{problems:?}");
+}
+
+#[test]
 fn the_same_object_twice_is_an_error() {
     let text = "kind: Network\nname: net\nspec: {type: local}\n---\nkind: networks\nname: net\nspec: {type: local}";
     assert_eq!(
