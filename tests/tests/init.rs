@@ -68,6 +68,13 @@ fn answers_of_packstack_become_settings_that_every_agent_takes() {
     }
     let (_, said) = init(&["--trust", &public, "--zone", "north"]);
     assert!(!said.contains("create") && !said.contains("change "), "{said}");
+    let (_, said) =
+        run(&agentctl, &["init", "--zone", "south", "--config-dir", &etc, "--no-start"]);
+    assert!(!said.contains("give --trust"), "{said}");
+    let (_, said) = run(&bin("network-agent"), &["--config-dir", &etc, "--print-config"]);
+    for told in ["south", "eth1", "127.0.0.1", "stack"] {
+        assert!(said.contains(told), "{told}: {said}");
+    }
     let (well, said) = run(&agentctl, &["init", "--zone", " x"]);
     assert!(!well && said.contains("zone: is empty, or has blanks"), "{said}");
 }

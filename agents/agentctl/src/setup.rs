@@ -125,6 +125,44 @@ pub(crate) struct Made {
     pub(crate) text: String,
 }
 
+impl Made {
+    /// This file with what it held `earlier` and has no new answer.
+    ///
+    /// # Errors
+    ///
+    /// What was there is no TOML.
+    pub(crate) fn over(self, earlier: &str) -> Result<Self, String> {
+        let table = |text: &str| {
+            text.parse::<Table>().map_err(|error| {
+                format!(
+                    "{}: {}; mend it or move it away",
+                    self.path.display(),
+                    error.message().trim_end()
+                )
+            })
+        };
+        let mut merged = table(earlier)?;
+        merge(&mut merged, table(&self.text)?);
+        Ok(Self { text: told(&merged), ..self })
+    }
+}
+
+/// Puts what `new` says into `old`; sections of both are merged.
+fn merge(old: &mut Table, new: Table) {
+    for (key, value) in new {
+        match (old.get_mut(&key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
+            (_, value) => {
+                old.insert(key, value);
+            }
+        }
+    }
+}
+
+fn told(table: &Table) -> String {
+    format!("# Written by `agentctl init`; run it again to change it.\n{table}")
+}
+
 /// The settings that answers become, below the configuration folder.
 pub(crate) fn files(answers: &Answers, config_dir: &Path) -> Vec<Made> {
     let text = |value: &Option<String>| value.clone().map(Value::String);
@@ -158,10 +196,7 @@ pub(crate) fn files(answers: &Answers, config_dir: &Path) -> Vec<Made> {
     let mut made = Vec::new();
     let mut add = |folder: &str, table: Table| {
         if !table.is_empty() {
-            made.push(Made {
-                path: config_dir.join(folder).join(DROP_IN),
-                text: format!("# Written by `agentctl init`; run it again to change it.\n{table}"),
-            });
+            made.push(Made { path: config_dir.join(folder).join(DROP_IN), text: told(&table) });
         }
     };
     add("stackhand.d", shared);
@@ -208,6 +243,24 @@ mod tests {
         });
         assert_eq!(told, expected);
         assert!(files(&Answers::default(), Path::new("/")).is_empty());
+    }
+
+    #[test]
+    fn what_was_answered_earlier_stays_until_it_is_answered_otherwise() {
+        let made = |text: &str| {
+            let answers = Answers::parse("a.toml", text).unwrap();
+            files(&answers, Path::new("/etc/stackhand")).remove(0)
+        };
+        let first = made("[bridge_mappings]\nextnet = \"eth1\"\nlab = \"eth2\"\n");
+        let second = made("tunnel_address = \"192.0.2.7\"\n[bridge_mappings]\nlab = \"eth3\"\n");
+        let both = made(
+            "tunnel_address = \"192.0.2.7\"\n[bridge_mappings]\nextnet = \"eth1\"\nlab = \"eth3\"\n",
+        );
+        let merged = second.over(&first.text).unwrap();
+        assert_eq!(merged, both);
+        assert_eq!(merged.over(&both.text).unwrap(), both, "given twice, it changes nothing");
+        let problem = both.over("[network\n").unwrap_err();
+        assert!(problem.starts_with("/etc/stackhand/network.d/50-init.toml: "), "{problem}");
     }
 
     #[test]

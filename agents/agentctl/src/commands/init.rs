@@ -24,7 +24,7 @@ const READERS: &str = "stackhand-agents";
 ///
 /// Takes flags and a file of answers; at a terminal without either it asks. Writes drop-ins
 /// (50-init.toml) and leaves other settings alone. Running it again changes only what is answered
-/// otherwise. When a check of `agentctl doctor` fails, nothing is started.
+/// then. When a check of `agentctl doctor` fails, nothing is started.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl init                              asks
@@ -76,6 +76,9 @@ fn mapping(text: &str) -> Result<(String, String), String> {
         .ok_or_else(|| format!("{text:?} is not of the form NAME=LINK"))
 }
 
+/// The folder of the controllers' public keys.
+const TRUSTED: &str = "trusted_controllers";
+
 /// How long systemd may take to start the agents.
 const START_LIMIT: Duration = Duration::from_secs(120);
 
@@ -100,7 +103,13 @@ pub(crate) async fn run(args: &Init, session: &mut Session) -> Result<Exit> {
     if !problems.is_empty() {
         bail!(Usage::several(problems));
     }
-    let mut made = files(&answers, &args.config_dir);
+    let mut made = Vec::new();
+    for file in files(&answers, &args.config_dir) {
+        made.push(match std::fs::read_to_string(&file.path) {
+            Ok(earlier) => file.over(&earlier).map_err(Usage::new)?,
+            Err(_) => file,
+        });
+    }
     made.extend(keys(&answers, &args.config_dir)?);
     let mut rows = Vec::new();
     for file in &made {
@@ -124,7 +133,8 @@ pub(crate) async fn run(args: &Init, session: &mut Session) -> Result<Exit> {
         session.console.note("agentctl: dry run: nothing was written");
         return Ok(Exit::Well);
     }
-    if answers.broker.is_some() && answers.trust.is_empty() {
+    let trusts = std::fs::read_dir(args.config_dir.join(TRUSTED)).is_ok_and(|it| it.count() > 0);
+    if answers.broker.is_some() && !trusts {
         session.console.note(
             "agentctl: a host obeys only controllers that it trusts: give --trust with the public \
              key that `agentctl keygen` made on the controller",
@@ -203,7 +213,7 @@ fn ask(session: &mut Session) -> Result<Answers> {
 
 /// The controllers' public keys, as the agents are given them.
 fn keys(answers: &Answers, config_dir: &Path) -> Result<Vec<Made>> {
-    let folder = config_dir.join("trusted_controllers");
+    let folder = config_dir.join(TRUSTED);
     let mut made = Vec::new();
     for path in &answers.trust {
         let shown = path.display();

@@ -15,7 +15,7 @@ use crate::table::{Cell, Table, Tone};
 
 /// Ask agents whether they are there, and how fast they answer.
 ///
-/// Needs no key. Exit status 3 when one does not answer.
+/// Needs no key. Exit status 3 when one does not answer, or there is none to ask.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl ping
@@ -84,7 +84,8 @@ pub(crate) async fn run(args: &Ping, session: &mut Session) -> Result<Exit> {
     if rows.is_empty() {
         session.console.note(&format!("agentctl: {}", fleet.nobody(&[])));
     }
-    Ok(if rows.iter().all(|row| row.answered) { Exit::Well } else { Exit::NotWell })
+    let well = !rows.is_empty() && rows.iter().all(|row| row.answered);
+    Ok(if well { Exit::Well } else { Exit::NotWell })
 }
 
 fn rounded(number: f64) -> f64 {

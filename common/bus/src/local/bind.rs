@@ -95,7 +95,10 @@ pub(super) async fn bind(path: &Path, options: &LocalOptions) -> Result<Bound, B
     }
     let listener = UnixListener::bind(&new).map_err(|error| config("bind", error))?;
     let group = options.group.as_deref().and_then(group_id);
+    // In a folder with set-group-id it has its group already, and a unit may forbid the call.
+    let given = fs::symlink_metadata(&new).map_err(|error| config("look at", error))?.gid();
     if let Some(group) = group
+        && group.as_raw() != given
         && let Err(error) = chown(&new, None, Some(group))
     {
         // Not a member: the group's people cannot reach us, but root can and we run.

@@ -15,6 +15,7 @@ use std::io::{self, Read, Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
@@ -41,6 +42,9 @@ const MARKER: &str = "ledger.marker";
 
 /// Bytes of the store that are kept in memory; everything that is read often is kept decoded.
 const CACHE_BYTES: usize = 1 << 20;
+
+/// How long opening waits for the lock before it tells who holds it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One step forward in the store's schema.
 #[derive(Clone, Copy)]
@@ -209,7 +213,7 @@ fn take_lock(path: &Path) -> Result<Flock<File>, LedgerError> {
         .truncate(false)
         .open(path)
         .map_err(|source| LedgerError::io("open", path, source))?;
-    let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+    let mut lock = match lock_soon(file) {
         Ok(lock) => lock,
         Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
             let mut holder = String::new();
@@ -230,6 +234,21 @@ fn take_lock(path: &Path) -> Result<Flock<File>, LedgerError> {
         tracing::debug!(%error, path = %path.display(), "cannot write who holds the lock");
     }
     Ok(lock)
+}
+
+/// Takes the lock, waiting a moment for a holder who is going: a child that a killed agent had just
+/// forked holds it until it becomes another program.
+fn lock_soon(mut file: File) -> Result<Flock<File>, (File, nix::errno::Errno)> {
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((held, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < end => {
+                file = held;
+                std::thread::sleep(LOCK_PATIENCE / 50);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Makes a complete store beside its place, then moves it there.

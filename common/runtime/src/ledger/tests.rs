@@ -174,6 +174,17 @@ async fn a_second_process_is_told_who_holds_the_ledger() {
     ledger.close().await;
 }
 
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a child that holds a file and ends by itself")]
+fn a_lock_that_a_dying_child_still_holds_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = std::fs::File::create(dir.path().join("ledger.lock")).unwrap();
+    lock.lock().unwrap();
+    let child = std::process::Command::new("sleep").arg("0.2").stdin(lock).spawn();
+    drop(open(dir.path()));
+    child.unwrap().wait().unwrap();
+}
+
 #[tokio::test]
 async fn a_ledger_that_vanished_or_was_emptied_is_not_begun_anew() {
     let dir = tempfile::tempdir().unwrap();
