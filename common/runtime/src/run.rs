@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stackhand_model::AgentKind;
 
 pub use options::command;
@@ -194,6 +195,7 @@ impl<A: Agent, S: AgentSection> Program<A, S> {
             let code = if report.is_fit() { exit::CLEAN } else { exit::FAILED };
             return ExitCode::from(code);
         }
+        raise_open_files();
         let telemetry = match telemetry::start(&loaded.settings.common.log) {
             Ok(telemetry) => telemetry,
             Err(error) => return fail("cannot start logging", &error),
@@ -227,6 +229,14 @@ struct Process<S> {
     loaded: Loaded<S>,
     checks: Vec<Check>,
     options: Options,
+}
+
+/// Shells start programs with 1024 open files at most, which select(2) needs and nothing here
+/// does. As many as are allowed; preflight tells when those are few.
+fn raise_open_files() {
+    if let Ok((_soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// From the open ledger to its closing.

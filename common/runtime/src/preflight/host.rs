@@ -61,7 +61,8 @@ fn judge_cgroup(unified: bool) -> Finding {
 
 pub(super) fn open_files(agent: &str) -> Vec<Finding> {
     vec![match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, _hard)) => judge_open_files(agent, soft),
+        // The agent raises the other limit to this one, see `run`.
+        Ok((_soft, hard)) => judge_open_files(agent, hard),
         Err(error) => Finding::info("open-files", format!("cannot ask for the limit: {error}")),
     }]
 }

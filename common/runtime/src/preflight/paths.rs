@@ -34,32 +34,39 @@ pub(super) fn config(warnings: &[Problem]) -> Vec<Finding> {
     warnings.iter().map(finding).collect()
 }
 
-pub(super) fn state_dir(dir: &Path) -> Vec<Finding> {
+/// Where the packages' agents keep what they hold.
+const PACKAGED: &str = "/var/lib/stackhand";
+
+/// Who the agent is that keeps its state in `dir`. Root, who looks before a unit starts, asks for
+/// the unit's user.
+fn keeper(agent: &str, dir: &Path) -> Uid {
+    let own = Uid::effective();
+    let unit = || User::from_name(&format!("stackhand-{agent}")).ok().flatten();
+    if own.is_root() && dir.starts_with(PACKAGED) { unit().map_or(own, |it| it.uid) } else { own }
+}
+
+pub(super) fn state_dir(agent: &str, dir: &Path) -> Vec<Finding> {
     const NAME: &str = "state-dir";
-    match folder(NAME, dir, "0750") {
+    let keeper = keeper(agent, dir);
+    match folder(NAME, dir, "0750", keeper) {
         Err(finding) => vec![finding],
-        Ok(metadata) => {
-            let own = Uid::effective();
-            if metadata.uid() != own.as_raw() {
-                return vec![Finding::warning(
-                    NAME,
-                    format!(
-                        "{} belongs to user {}, not to this agent's",
-                        dir.display(),
-                        metadata.uid()
-                    ),
-                    format!("chown {} {}", user_name(own), dir.display()),
-                )];
-            }
-            vec![space(NAME, dir)]
+        Ok(metadata) if metadata.uid() != keeper.as_raw() => {
+            let (shown, owner) = (dir.display(), user_name(Uid::from_raw(metadata.uid())));
+            let keeper = user_name(keeper);
+            vec![Finding::warning(
+                NAME,
+                format!("{shown} belongs to {owner}, and the agent is {keeper}"),
+                format!("chown {keeper} {shown}"),
+            )]
         }
+        Ok(_) => vec![space(NAME, dir)],
     }
 }
 
 pub(super) fn run_dir(dir: &Path) -> Vec<Finding> {
     const NAME: &str = "run-dir";
     vec![
-        folder(NAME, dir, "0755").map_or_else(
+        folder(NAME, dir, "0755", Uid::effective()).map_or_else(
             |finding| finding,
             |_metadata| Finding::pass(NAME, dir.display().to_string()),
         ),
@@ -113,9 +120,9 @@ pub(super) fn trusted_controllers(signing: &SigningSettings) -> Vec<Finding> {
 }
 
 /// Looks for a folder that this process can write to.
-fn folder(name: &str, dir: &Path, mode: &str) -> Result<Metadata, Finding> {
+fn folder(name: &str, dir: &Path, mode: &str, user: Uid) -> Result<Metadata, Finding> {
     let shown = dir.display();
-    let user = user_name(Uid::effective());
+    let user = user_name(user);
     let make = format!("install -d -m {mode} -o {user} {shown}");
     let metadata = match fs::metadata(dir) {
         Ok(metadata) => metadata,

@@ -148,7 +148,7 @@ FAILURE  state-dir  /x is not there
 fn a_state_folder_must_be_there_writable_and_closed() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("network");
-    let finding = only(paths::state_dir(&dir));
+    let finding = only(paths::state_dir("network", &dir));
     assert_eq!(finding.severity, Severity::Failure);
     let remedy = finding.remedy.unwrap();
     assert!(
@@ -157,13 +157,19 @@ fn a_state_folder_must_be_there_writable_and_closed() {
     );
 
     fs::write(&dir, "a file").unwrap();
-    assert!(only(paths::state_dir(&dir)).finding.ends_with("is not a folder"));
+    assert!(only(paths::state_dir("network", &dir)).finding.ends_with("is not a folder"));
     fs::remove_file(&dir).unwrap();
 
     fs::create_dir(&dir).unwrap();
-    assert!(only(paths::state_dir(&dir)).finding.ends_with("MiB free"));
+    assert!(only(paths::state_dir("network", &dir)).finding.ends_with("MiB free"));
+    if nix::unistd::Uid::effective().is_root() {
+        std::os::unix::fs::chown(&dir, Some(65534), None).unwrap();
+        let finding = only(paths::state_dir("network", &dir));
+        assert!(finding.finding.ends_with(" belongs to nobody, and the agent is root"));
+        assert!(finding.remedy.unwrap().starts_with("chown root /"));
+    }
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
-    let finding = only(paths::state_dir(&dir));
+    let finding = only(paths::state_dir("network", &dir));
     assert_eq!(finding.severity, Severity::Failure);
     assert!(finding.finding.starts_with("everybody can write in"), "{finding:?}");
     assert_eq!(only(paths::run_dir(parent.path())).severity, Severity::Pass);
