@@ -313,6 +313,10 @@ impl<H: Hypervisor> ComputeAgent<H> {
                     DomainChange::Detach { alias, .. } => Some(alias.clone()),
                     _ => None,
                 };
+                if let DomainChange::Start { .. } = change {
+                    let store = self.store.clone();
+                    crate::blocking(move || store.begin_console(id)).await.map_err(chain)?;
+                }
                 let attaches = matches!(change, DomainChange::Attach { .. });
                 let done = self.hypervisor.perform(id, change).await;
                 if attaches {

@@ -309,6 +309,19 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Fails if the hypervisor is away or has no such domain.
     fn xml(&self, id: InstanceId) -> impl Future<Output = Result<String, HypervisorError>> + Send;
 
+    /// Reads a log that only the hypervisor may read: at most `most` bytes from `start` on, or the
+    /// end of it. Gives where they start, too.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away or has no such file.
+    fn read_log(
+        &self,
+        path: &Path,
+        start: Option<u64>,
+        most: u64,
+    ) -> impl Future<Output = Result<(u64, Vec<u8>), HypervisorError>> + Send;
+
     /// A picture of the instance's screen.
     ///
     /// # Errors

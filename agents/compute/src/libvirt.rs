@@ -9,6 +9,7 @@ mod calls;
 mod console;
 mod events;
 mod host;
+mod logs;
 mod perform;
 mod probe;
 
@@ -280,6 +281,18 @@ impl Hypervisor for Libvirt {
             Domain::lookup_by_uuid(connect, id.0)?.get_xml_desc(0)
         })
         .await
+    }
+
+    async fn read_log(
+        &self,
+        path: &Path,
+        start: Option<u64>,
+        most: u64,
+    ) -> Result<(u64, Vec<u8>), HypervisorError> {
+        let action = format!("read {}", path.display());
+        let folder = path.parent().unwrap_or(path).to_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.call(action, move |connect| logs::read(connect, &folder, &name, start, most)).await
     }
 
     async fn screenshot(&self, id: InstanceId) -> Result<Screenshot, HypervisorError> {

@@ -420,17 +420,31 @@ impl Store {
             opened => opened.map_err(failed("open", &path))?,
         };
         let length = file.metadata().map_err(failed("look at", &path))?.len();
-        let latest = length.saturating_sub(most);
-        // A log that is shorter than it was has begun anew.
-        let start = start.map_or(latest, |start| if start > length { 0 } else { start });
+        let start = begin(length, start, most);
         let mut bytes = Vec::new();
         file.seek(SeekFrom::Start(start))
             .and_then(|_| file.take(most).read_to_end(&mut bytes))
             .map_err(failed("read", &path))?;
-        let next = start + u64::try_from(bytes.len()).unwrap_or(0);
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        Ok(ConsoleText { text, start, next })
+        Ok(ConsoleText::new(start, &bytes))
     }
+
+    /// Begins an instance's console log anew, as a file that is ours.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the log cannot be removed or made.
+    pub fn begin_console(&self, id: InstanceId) -> Result<(), FileError> {
+        let path = self.console_log(id);
+        remove(&path)?;
+        make_readable(&path)
+    }
+}
+
+/// Where a part of a file starts that is `length` long: at `start`, or so that its end is read. A
+/// file that is shorter than it was has begun anew.
+pub(crate) fn begin(length: u64, start: Option<u64>, most: u64) -> u64 {
+    let latest = length.saturating_sub(most);
+    start.map_or(latest, |start| if start > length { 0 } else { start })
 }
 
 /// A part of a console log.
@@ -442,6 +456,15 @@ pub struct ConsoleText {
     pub start: u64,
     /// Where what comes after starts.
     pub next: u64,
+}
+
+impl ConsoleText {
+    /// Bytes of a log that start at `start`.
+    #[must_use]
+    pub fn new(start: u64, bytes: &[u8]) -> Self {
+        let next = start + u64::try_from(bytes.len()).unwrap_or(0);
+        Self { text: String::from_utf8_lossy(bytes).into_owned(), start, next }
+    }
 }
 
 #[cfg(test)]
@@ -489,6 +512,15 @@ mod tests {
     }
 
     #[test]
+    fn a_part_starts_where_it_is_asked_for_or_so_that_the_end_is_read() {
+        assert_eq!(begin(100, None, 30), 70);
+        assert_eq!(begin(10, None, 30), 0);
+        assert_eq!(begin(100, Some(40), 30), 40);
+        assert_eq!(begin(100, Some(100), 30), 100);
+        assert_eq!(begin(100, Some(101), 30), 0, "it has begun anew");
+    }
+
+    #[test]
     fn the_end_of_a_long_console_log_is_read() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::new(root.path(), ImageTool::new(Path::new("/usr/bin/qemu-img"), 60));
@@ -502,6 +534,8 @@ mod tests {
         assert_eq!(store.read_console(ID, Some(14), 100).unwrap().text, "");
         fs::write(store.console_log(ID), b"anew").unwrap();
         assert_eq!(store.read_console(ID, Some(14), 100).unwrap().text, "anew");
+        store.begin_console(ID).unwrap();
+        assert_eq!(store.read_console(ID, None, 100).unwrap(), ConsoleText::default());
     }
 
     #[tokio::test]

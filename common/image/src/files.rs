@@ -44,14 +44,19 @@ pub fn make_passage(folder: &Path) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Makes an empty file that is ours, if there is none, for somebody with more rights to write to:
+/// Makes an empty file that is ours, if there is none, for somebody with more rights to append to:
 /// a log that libvirt makes belongs to root and could not be read.
 ///
 /// # Errors
 ///
 /// Fails if the file cannot be made.
 pub fn make_readable(path: &Path) -> Result<(), FileError> {
-    OpenOptions::new().append(true).create(true).open(path).map(drop).map_err(failed("make", path))
+    match OpenOptions::new().write(true).create_new(true).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(failed("make", path)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Names in a folder; none if there is no folder.

@@ -116,6 +116,27 @@ fn qemu_img(args: &[&str]) {
 }
 
 #[tokio::test]
+async fn a_decompression_bomb_is_refused_by_the_size_it_unpacks_to() {
+    let (root, cache) = cache();
+    let (raw, bomb) = (file(&root, &vec![b'A'; 64 << 20]), root.path().join("bomb"));
+    for format in [ImageFormat::Qcow2, ImageFormat::Vmdk] {
+        let driver = if format == ImageFormat::Qcow2 { "qcow2" } else { "vmdk" };
+        let options: &[&str] =
+            if driver == "vmdk" { &["-o", "subformat=streamOptimized"] } else { &["-c"] };
+        let paths = [raw.to_str().unwrap(), bomb.to_str().unwrap()];
+        qemu_img(&[&["convert", "-f", "raw", "-O", driver], options, &paths].concat());
+        assert!(
+            fs::metadata(&bomb).unwrap().len() < 1 << 20,
+            "it is small as long as it is packed"
+        );
+        let spec = ImageSpec { format, ..spec(&bomb, None) };
+        let error = cache.fetch(ID, &spec, &Arc::default()).await.unwrap_err();
+        assert!(error.to_string().contains("see max_image_gib"), "{error}");
+        assert_eq!(cache.look().unwrap(), CacheSeen::default());
+    }
+}
+
+#[tokio::test]
 async fn other_hypervisors_disks_become_plain_bytes() {
     let root = tempfile::tempdir().unwrap();
     for (format, driver, options) in [

@@ -1,5 +1,6 @@
 //! Actions on one instance: what is done once, not wished for.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use stackhand_runtime::agent::{Action, Refusal};
 use super::ComputeAgent;
 use crate::hypervisor::{DomainChange, DomainSeen, Hypervisor, HypervisorError, Power};
 use crate::plan::is_ours;
-use crate::store::{PowerOverride, Record};
+use crate::store::{ConsoleText, PowerOverride, Record};
 
 /// What an instance can be told to do.
 const ACTIONS: &str = "start, stop, reboot (type: soft or hard), pause, unpause, suspend, resume, \
@@ -86,9 +87,16 @@ impl<H: Hypervisor> ComputeAgent<H> {
             })?),
         };
         let store = self.store.clone();
-        let read = crate::blocking(move || store.read_console(id, start, kib * 1024)).await;
-        let part =
-            read.map_err(|error| Refusal::new(ErrorCode::Unavailable, crate::chain(&error)))?;
+        let part = match crate::blocking(move || store.read_console(id, start, kib * 1024)).await {
+            Err(error) if error.source.kind() == io::ErrorKind::PermissionDenied => {
+                let read = self.hypervisor.read_log(&error.path, start, kib * 1024).await;
+                let (start, bytes) = read.map_err(unavailable)?;
+                ConsoleText::new(start, &bytes)
+            }
+            read => {
+                read.map_err(|error| Refusal::new(ErrorCode::Unavailable, crate::chain(&error)))?
+            }
+        };
         let truncated = start.map_or(part.start > 0, |start| part.start > start);
         Ok(json!({"log": part.text, "truncated": truncated, "next": part.next}))
     }

@@ -373,7 +373,7 @@ impl Domain {
                 interface: blueprint.nics.iter().map(Interface::new).collect(),
                 serial: Serial {
                     kind: "pty",
-                    log: Log { file: path(&blueprint.console_log), append: "off" },
+                    log: Log { file: path(&blueprint.console_log), append: "on" },
                     target: SerialTarget { kind: Some("isa-serial"), port: 0 },
                 },
                 console: Console {

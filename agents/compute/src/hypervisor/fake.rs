@@ -235,6 +235,19 @@ impl Hypervisor for FakeHypervisor {
         Ok("<domain/>\n".into())
     }
 
+    async fn read_log(
+        &self,
+        path: &Path,
+        _start: Option<u64>,
+        _most: u64,
+    ) -> Result<(u64, Vec<u8>), HypervisorError> {
+        let bytes = std::fs::read(path).map_err(|error| HypervisorError::Refused {
+            action: format!("read {}", path.display()),
+            reason: error.to_string(),
+        })?;
+        Ok((0, bytes))
+    }
+
     async fn screenshot(&self, id: InstanceId) -> Result<Screenshot, HypervisorError> {
         self.running(id, "take a picture")?;
         let bytes = b"P6\n1 1\n255\n\x01\x02\x03".to_vec();

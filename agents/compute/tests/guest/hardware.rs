@@ -7,6 +7,7 @@ mod lab {
     use std::time::Duration;
 
     use serde_json::{Value, json};
+    use stackhand_compute::hypervisor::Hypervisor as _;
     use stackhand_runtime::agent::Outcome;
     use stackhand_testkit::{Spawned, in_netns, wait_for, wait_for_sync};
     use uuid::Uuid;
@@ -114,7 +115,7 @@ mod lab {
                 json!({
                     "host": "here", "vcpus": 2, "memory_mib": 256, "image": Uuid::from_u128(0xb3),
                     "ephemeral_gib": 1, "swap_mib": 16, "vnc": true, "guest_agent": true,
-                    "watchdog": "reset",
+                    "watchdog": "pause",
                     "ports": [{
                         "port": "6f0c8a8e-0d1b-4f0e-9a43-2f9a2f0c5a11", "mac": "fa:16:3e:00:00:01",
                         "mtu": 1400, "queues": 2,
@@ -194,6 +195,25 @@ mod lab {
             let usage = usage.await;
             assert_eq!(usage["memory_kib"], 256 << 10, "{usage}");
             assert!(usage["memory_unused_kib"].as_u64() < usage["memory_kib"].as_u64(), "{usage}");
+
+            // A guest that stops to feed its watchdog stands still, until it is rebooted.
+            let feed = "watchdog -T 2 -t 1 /dev/watchdog; echo [fed $((40 + 2))]";
+            driven.talk(&guest, &format!("run {feed}; killall -9 watchdog"), "[fed 42]").await;
+            driven.until_reason(object, "did not feed its watchdog").await;
+            driven.act(&guest, "reboot", json!({"type": "hard"})).await.unwrap();
+            driven.until_active(object).await;
+            driven.until_console(&guest, UP).await;
+
+            // virtlogd makes long logs files of root's; then libvirt hands them out.
+            let folder = scene.root.path().join("state/instances").join(guest.id.to_string());
+            let log = folder.join("console.log");
+            let all = fs::read(&log).unwrap();
+            let hypervisor = driven.agent.hypervisor();
+            let (start, part) = hypervisor.read_log(&log, Some(5), 20).await.unwrap();
+            assert_eq!((start, &part[..]), (5, &all[5..25]));
+            let (start, part) = hypervisor.read_log(&log, None, 64 << 10).await.unwrap();
+            assert!(start == 0 && part.starts_with(&all), "{start}");
+            assert_eq!(scene.libvirtd.virsh(["pool-list", "--all", "--name"]).trim(), "");
 
             driven.want([guest], true);
             driven.until_gone(object).await;
