@@ -147,8 +147,6 @@ impl ReplyBook {
                     session.end("the broker cancelled the consumer of the reply queue");
                     return;
                 };
-                // A lost ack only means that the answer comes again, and is unknown then.
-                let _ = delivery.ack(BasicAckOptions::default()).await;
                 match body(&delivery).and_then(|body| wire::decode_reply(&body)) {
                     Ok(frame) => {
                         if !shared.replies.take(frame) {
@@ -160,6 +158,9 @@ impl ReplyBook {
                         tracing::warn!(%error, "answer dropped");
                     }
                 }
+                // Last, so that whoever waits goes on at once. A lost ack only means that the
+                // answer comes again, and is unknown then.
+                let _ = delivery.ack(BasicAckOptions::default()).await;
             }
         });
         Ok(())
