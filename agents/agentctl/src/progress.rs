@@ -224,7 +224,7 @@ impl Board {
     fn done(&mut self, target: &Target, settled: &Settled) {
         let (text, reason) = match (&settled.status, self.condition) {
             (Some(status), _) => (status.state.as_str(), status.reason.clone().unwrap_or_default()),
-            (None, Condition::Active) => ("active", String::new()),
+            (None, Condition::Active | Condition::Done) => ("active", String::new()),
             (None, _) => ("gone", String::new()),
         };
         self.set(target, Standing { done: true, word: text.into(), reason, percent: None });
@@ -324,6 +324,7 @@ fn word(condition: Condition) -> &'static str {
         Condition::Active => "active",
         Condition::Gone => "gone",
         Condition::Settled => "settled",
+        Condition::Done => "done",
     }
 }
 

@@ -159,6 +159,9 @@ pub enum Condition {
     Gone,
     /// The agent tried: it is active, in error or gone.
     Settled,
+    /// As active, and the agent has looked at it since it was last told of it: what an action
+    /// began is over.
+    Done,
 }
 
 /// One object at the end of a `wait`.

@@ -191,6 +191,7 @@ impl<A: Agent> Reconciler<A> {
         self.with.metrics.reconcile_seconds.observe(took.as_secs_f64());
         let writes = report.writes;
         let failures = self.take_over(cause, &desired, &due, report).await;
+        self.with.wake.pass_ended();
         tracing::debug!(?cause, due = due.len(), writes, failures, ?took, "pass ended");
 
         let held = self.with.ledger.desired();

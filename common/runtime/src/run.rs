@@ -310,6 +310,7 @@ async fn run<A: Agent, S: AgentSection>(
         events: events.clone(),
         reporter: reporter.clone(),
         checks,
+        wake: wake.clone(),
         shutdown: shutdown.clone(),
         concurrency: usize::try_from(common.bus.concurrency).unwrap_or(16),
     };

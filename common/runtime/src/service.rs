@@ -34,6 +34,7 @@ use crate::ledger::{Admit, Ledger, rules};
 use crate::lifecycle::Shutdown;
 use crate::preflight::{self, Check};
 use crate::status::Statuses;
+use crate::wake::Wake;
 
 /// Requests that may wait at once, besides those that are worked on.
 const WAITERS: usize = 64;
@@ -57,6 +58,8 @@ pub struct Parts {
     pub reporter: Reporter,
     /// Whether the host is fit.
     pub checks: Vec<Check>,
+    /// What the host's ears and actions tell.
+    pub wake: Wake,
     /// Whether new requests are still taken.
     pub shutdown: Shutdown,
     /// Most requests worked on at once.

@@ -4,10 +4,10 @@
 //! is taken together.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stackhand_model::ObjectRef;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 /// Wakes the reconcile loop. Clones wake the same one. Never waits.
 #[derive(Clone, Debug, Default)]
@@ -17,8 +17,18 @@ pub struct Wake {
 
 #[derive(Debug, Default)]
 struct Shared {
-    woken: Mutex<Woken>,
+    heard: Mutex<Heard>,
     notify: Notify,
+    /// Counts passes that have dealt with what was heard.
+    dealt_with: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// What no pass has begun with.
+    woken: Woken,
+    /// The objects of the pass that runs.
+    looked_at: BTreeSet<ObjectRef>,
 }
 
 /// What was heard since the loop last asked.
@@ -54,20 +64,45 @@ impl Wake {
     }
 
     fn add(&self, objects: impl IntoIterator<Item = ObjectRef>) {
-        let mut woken = self.shared.woken.lock().unwrap_or_else(PoisonError::into_inner);
-        woken.any = true;
-        woken.objects.extend(objects);
-        drop(woken);
+        let mut heard = self.heard_so_far();
+        heard.woken.any = true;
+        heard.woken.objects.extend(objects);
+        drop(heard);
         self.shared.notify.notify_one();
     }
 
-    /// What was heard since the last call.
+    /// What was heard since the last call, for a pass that begins.
     pub(crate) fn take(&self) -> Woken {
-        std::mem::take(&mut *self.shared.woken.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut heard = self.heard_so_far();
+        let woken = std::mem::take(&mut heard.woken);
+        heard.looked_at.clone_from(&woken.objects);
+        woken
+    }
+
+    /// The pass has ended, and what it found is recorded.
+    pub(crate) fn pass_ended(&self) {
+        self.heard_so_far().looked_at.clear();
+        self.shared.dealt_with.send_modify(|passes| *passes += 1);
+    }
+
+    /// Whether there is news of an object that no pass has dealt with: what was found out about it
+    /// may be out of date.
+    pub(crate) fn is_news(&self, object: &ObjectRef) -> bool {
+        let heard = self.heard_so_far();
+        heard.woken.objects.contains(object) || heard.looked_at.contains(object)
+    }
+
+    /// Changes whenever a pass has dealt with news.
+    pub(crate) fn dealt_with(&self) -> watch::Receiver<u64> {
+        self.shared.dealt_with.subscribe()
     }
 
     /// Returns when something was heard; at once if that was before.
     pub(crate) async fn heard(&self) {
         self.shared.notify.notified().await;
+    }
+
+    fn heard_so_far(&self) -> MutexGuard<'_, Heard> {
+        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

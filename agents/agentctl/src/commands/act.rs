@@ -1,15 +1,20 @@
 //! `agentctl act`.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::{Map, Value};
 use stackhand_model::{Kind, ObjectRef};
+use stackhand_runtime::api::Condition;
 
 use super::Session;
 use crate::console::{Output, tame};
 use crate::exit::Exit;
 use crate::fleet::{Filter, Fleet, Member};
+use crate::manifest::held::Place;
 use crate::objects;
+use crate::progress::{Target, watch};
 
 /// Perform an action on an object, such as a reboot.
 ///
@@ -17,6 +22,7 @@ use crate::objects;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl act instance/web reboot --param type=hard
+  agentctl act volume/data revert --param snapshot=Snapshot/ID --wait
   agentctl act instance/web console-log")]
 pub(crate) struct Act {
     /// The object, as KIND/NAME or KIND/ID
@@ -27,6 +33,10 @@ pub(crate) struct Act {
     /// A detail of it; values that read as JSON are taken as such, others as text
     #[arg(long = "param", value_parser = parse_param, value_name = "KEY=VALUE")]
     params: Vec<(String, Value)>,
+    /// Wait until what the action began is over, telling how it gets on; at most this many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true,
+          default_missing_value = "300", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    wait: Option<u64>,
 }
 
 fn parse_param(text: &str) -> Result<(String, Value), String> {
@@ -49,6 +59,15 @@ impl Found {
     pub(crate) async fn act(&self, action: &str, params: Value) -> Result<Value> {
         let answer = self.member.client.act(self.object, action, params).await;
         answer.with_context(|| format!("cannot {action} {} {}", self.object.kind, self.name))
+    }
+
+    /// Waits until what an action began is over.
+    async fn wait(&self, limit: Duration, session: &mut Session) -> Result<Exit> {
+        let Self { member, object, name, .. } = self;
+        let place = Place { agent: member.row.agent, host: member.row.host.clone() };
+        let target = Target { object: *object, place, name: name.clone() };
+        let (members, console) = (std::slice::from_ref(member), &mut session.console);
+        Ok(watch(members, vec![target], Condition::Done, limit, console).await?.exit())
     }
 
     /// Leaves the agents.
@@ -81,9 +100,13 @@ pub(crate) async fn run(args: &Act, session: &mut Session) -> Result<Exit> {
     let found = find(session, *kind, name).await?;
     let params: Map<String, Value> = args.params.iter().cloned().collect();
     let answer = found.act(&args.action, params.into()).await?;
-    found.close().await;
     show(session, &answer)?;
-    Ok(Exit::Well)
+    let exit = match args.wait {
+        Some(seconds) => found.wait(Duration::from_secs(seconds), session).await?,
+        None => Exit::Well,
+    };
+    found.close().await;
+    Ok(exit)
 }
 
 /// Shows what an action answered.

@@ -295,6 +295,13 @@ async fn ping_wait_act_and_facts_reach_the_agents() {
     let acted = cloud.run(&["act", "instance/demo", "reboot", "--param", "hard=true"]).await;
     assert!(acted.out.contains("did: reboot"), "{acted:?}");
     assert!(acted.out.contains("hard: true"), "{acted:?}");
+    let waited = cloud.run(&["act", "instance/demo", "reboot", "--wait"]).await;
+    assert!(waited.err.contains("Instance demo on node1: active"), "{waited:?}");
+    cloud.agent("node1", AgentKind::Compute).keep_pending(Kind::Instance, "boots, 40 % done");
+    cloud.run(&["apply", "-f", &manifest.path(), "--set", "HOST=node1"]).await;
+    let late = cloud.run(&["act", "instance/demo", "reboot", "--wait=1"]).await;
+    assert_eq!(late.exit, Exit::NotWell, "{late:?}");
+    assert!(late.err.contains("is not done after 1s: boots, 40 % done"), "{late:?}");
 }
 
 #[tokio::test]

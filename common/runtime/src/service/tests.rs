@@ -50,6 +50,7 @@ async fn alive() -> Alive {
             Arc::new(move || troubles.troubles()),
         ),
         checks: vec![Check::new("toy", || async { vec![preflight::Finding::pass("toy", "ok")] })],
+        wake: with.wake.clone(),
         shutdown: with.shutdown.clone(),
         concurrency: 2,
     };
@@ -231,6 +232,27 @@ async fn a_wait_in_vain_lists_what_is_not_there_and_why() {
     assert_eq!(waiting, expected);
     let settled = client.wait(&[object(1), object(3)], Condition::Settled, SOON).await.unwrap();
     assert_eq!(settled[1].status.as_ref().unwrap().state, State::Error);
+}
+
+#[tokio::test]
+async fn what_an_action_began_is_not_done_before_a_pass_has_looked_at_it() {
+    let alive = alive().await;
+    let client = &alive.client;
+    client.apply(&[group(1, "ok", 0)]).await.unwrap();
+    client.wait(&[object(1)], Condition::Done, SOON).await.unwrap();
+    // No pass ends until it may.
+    alive.toy.gate.forget_permits(Semaphore::MAX_PERMITS);
+    alive.bench.with.wake.object_changed(object(1));
+    let short = Duration::from_millis(200);
+    let refused = refusal(client.wait(&[object(1)], Condition::Done, short).await);
+    assert_eq!(refused.waiting[0].reason, "the agent is to look at it");
+    client.wait(&[object(1)], Condition::Active, SOON).await.unwrap();
+    let waits = {
+        let client = client.clone();
+        tokio::spawn(async move { client.wait(&[object(1)], Condition::Done, SOON).await })
+    };
+    alive.toy.gate.add_permits(1);
+    waits.await.unwrap().unwrap();
 }
 
 #[tokio::test]

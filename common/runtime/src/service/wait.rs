@@ -1,5 +1,7 @@
 //! `wait`: answers when objects are where the caller wants them, or says which are not and why.
 
+use std::collections::BTreeSet;
+
 use stackhand_model::{ErrorCode, ObjectRef, State, Status};
 
 use super::{Api, args, limit, seconds};
@@ -16,15 +18,20 @@ impl<A: Agent> Api<A> {
         let condition = args.condition;
         let mut wanted = self.parts.ledger.revision();
         let mut found = self.parts.statuses.revision();
+        let mut dealt_with = self.parts.wake.dealt_with();
         let stopping = self.parts.shutdown.stopping();
         let limit = tokio::time::sleep(timeout);
         tokio::pin!(limit);
         loop {
             wanted.mark_unchanged();
             found.mark_unchanged();
+            dealt_with.mark_unchanged();
+            // News first: what is dealt with in between is then seen in the status.
+            let news: BTreeSet<ObjectRef> =
+                args.refs.iter().filter(|it| self.parts.wake.is_news(it)).copied().collect();
             let statuses = self.statuses(&args.refs);
             let missing = |(object, status): &(ObjectRef, Option<Status>)| {
-                missing(condition, *object, status.as_ref())
+                missing(condition, *object, status.as_ref(), news.contains(object))
             };
             let mut waiting: Vec<Waiting> = statuses.iter().filter_map(missing).collect();
             if waiting.is_empty() {
@@ -42,6 +49,7 @@ impl<A: Agent> Api<A> {
                 }
                 _changed = wanted.changed() => continue,
                 _changed = found.changed() => continue,
+                _changed = dealt_with.changed(), if !news.is_empty() => continue,
             };
             let count = waiting.len();
             waiting.truncate(MOST_LISTED);
@@ -66,10 +74,16 @@ impl<A: Agent> Api<A> {
 }
 
 /// Why an object does not meet the condition; `None` if it does.
-fn missing(condition: Condition, object: ObjectRef, status: Option<&Status>) -> Option<Waiting> {
+fn missing(
+    condition: Condition,
+    object: ObjectRef,
+    status: Option<&Status>,
+    is_news: bool,
+) -> Option<Waiting> {
     let state = status.map(|it| it.state);
     let met = match (condition, state) {
         (Condition::Active, state) => state == Some(State::Active),
+        (Condition::Done, state) => state == Some(State::Active) && !is_news,
         (Condition::Gone, state) => state.is_none(),
         (Condition::Settled, state) => {
             matches!(state, None | Some(State::Active | State::Error))
@@ -80,6 +94,7 @@ fn missing(condition: Condition, object: ObjectRef, status: Option<&Status>) -> 
     }
     let reason = match status {
         None => "it is not held here".to_owned(),
+        Some(status) if status.state == State::Active => "the agent is to look at it".to_owned(),
         Some(status) => status.reason.clone().unwrap_or_else(|| format!("it is {}", status.state)),
     };
     let progress_percent = status.and_then(|it| it.observed.get("progress_percent")?.as_u64());
@@ -91,5 +106,6 @@ fn name(condition: Condition) -> &'static str {
         Condition::Active => "active",
         Condition::Gone => "gone",
         Condition::Settled => "settled",
+        Condition::Done => "done",
     }
 }
