@@ -288,7 +288,7 @@ fn image(wanted: &Wanted, situation: &Situation, id: ImageId, steps: &mut Vec<St
 /// How far a fetch is, in words.
 fn progress(fetch: &FetchState) -> String {
     if fetch.converting {
-        "fetched, being converted".to_owned()
+        format!("fetched, being converted, {} % done", fetch.percent)
     } else {
         format!("fetching, {} % done", fetch.percent)
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stackhand_image::{ImageCache, ImageTool, driver};
+use stackhand_image::{ImageCache, ImageTool, ToolError, driver};
 use stackhand_model::{ObjectRef, VolumeId};
 use stackhand_runtime::ledger::Journal;
 use stackhand_runtime::wake::Wake;
@@ -88,11 +88,17 @@ struct Gauge {
 
 impl Gauge {
     fn percent(&self) -> u64 {
-        match &self.image {
-            // Half for the way here, half for the way to the volume.
-            Some(image) if !self.writing.load(Ordering::Relaxed) => image.percent() / 2,
-            Some(_) => 50 + self.own.percent() / 2,
-            None => self.own.percent(),
+        let Some(image) = &self.image else { return self.own.percent() };
+        // Half for the way here, half for the way to the volume. Formats that QEMU has to convert
+        // first take half of what is left.
+        let converting = image.converting.load(Ordering::Relaxed);
+        let fetched = if converting { 75 } else { 50 };
+        if self.writing.load(Ordering::Relaxed) {
+            fetched + self.own.percent() * (100 - fetched) / 100
+        } else if converting {
+            50 + image.percent() / 4
+        } else {
+            image.percent() / 2
         }
     }
 
@@ -281,11 +287,17 @@ async fn perform(
                 }
                 backend.import(item, bytes, &mut |target| {
                     let format = driver(found.disk);
-                    let converting = images.tool.to_raw(&source, format, target, true, bytes);
-                    runtime.block_on(converting).map(drop).map_err(|error| BackendError::Unable {
-                        action: "write the image to",
-                        subject: target.display().to_string(),
-                        reason: chain(&error),
+                    let write =
+                        images.tool.to_raw(&source, format, target, true, bytes, &progress);
+                    runtime.block_on(write).map(drop).map_err(|error| match error {
+                        ToolError::Cancelled { .. } => {
+                            BackendError::Cancelled { path: target.to_owned() }
+                        }
+                        error => BackendError::Unable {
+                            action: "write the image to",
+                            subject: target.display().to_string(),
+                            reason: chain(&error),
+                        },
                     })
                 })
             })
@@ -330,4 +342,34 @@ async fn on_thread(
             reason: format!("the work broke off: {error}"),
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_of_an_image_to_a_volume_is_told_from_0_to_100_and_never_back() {
+        for foreign in [false, true] {
+            let gauge = Gauge { image: Some(Arc::default()), ..Gauge::default() };
+            let image = gauge.image.clone().unwrap();
+            let mut told = Vec::new();
+            let mut run = |progress: &Progress| {
+                progress.total.store(10, Ordering::Relaxed);
+                for done in 0..=10 {
+                    progress.done.store(done, Ordering::Relaxed);
+                    told.push(gauge.percent());
+                }
+            };
+            run(&image);
+            if foreign {
+                image.converting.store(true, Ordering::Relaxed);
+                run(&image);
+            }
+            gauge.writing.store(true, Ordering::Relaxed);
+            run(&gauge.own);
+            assert!(told.is_sorted(), "{told:?}");
+            assert_eq!((told[0], told[told.len() - 1]), (0, 100));
+        }
+    }
 }

@@ -18,7 +18,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stackhand_model::{FileFormat, ImageFormat, ImageId, ImageSpec};
@@ -29,10 +28,7 @@ use crate::files::{
 };
 use crate::http;
 use crate::inspect::{Refused, inspect};
-use crate::tool::{ImageTool, foreign_driver};
-
-/// How often a conversion looks whether it was called off.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+use crate::tool::{ImageTool, ToolError, foreign_driver};
 
 /// What the cache knows of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,13 +300,13 @@ impl ImageCache {
         progress.converting.store(true, Ordering::Relaxed);
         let target = converted.clone();
         blocking(move || remove(&target)).await?;
-        let work = self.tool.to_raw(&partial, driver, &converted, false, self.most_bytes);
-        tokio::select! {
-            done = work => match done {
-                Ok(info) => Ok(info.virtual_bytes),
-                Err(source) => Err(FetchError::Convert { source_name: source_name(), source }),
-            },
-            () = called_off(progress) => Err(FetchError::Cancelled { source_name: source_name() }),
+        let work = self.tool.to_raw(&partial, driver, &converted, false, self.most_bytes, progress);
+        match work.await {
+            Ok(info) => Ok(info.virtual_bytes),
+            Err(ToolError::Cancelled { .. }) => {
+                Err(FetchError::Cancelled { source_name: source_name() })
+            }
+            Err(source) => Err(FetchError::Convert { source_name: source_name(), source }),
         }
     }
 
@@ -371,9 +367,3 @@ fn converted_name(format: ImageFormat, sha256: &str) -> String {
     crate::hex(ring::digest::digest(&ring::digest::SHA256, text.as_bytes()).as_ref())
 }
 
-/// Returns when a fetch is called off.
-async fn called_off(progress: &Progress) {
-    while !progress.is_cancelled() {
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
-}

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use ring::digest::{Context, SHA256, SHA512};
 use stackhand_model::ImageSpec;
@@ -81,7 +82,10 @@ pub enum FetchError {
     },
 }
 
-/// How far a fetch or a copy is; also the way to call it off.
+/// How often work without a loop of its own looks whether it was called off.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How far a fetch, a conversion or a copy is; also the way to call it off.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// Bytes that are dealt with, holes included.
@@ -105,6 +109,13 @@ impl Progress {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Returns when it is called off.
+    pub(crate) async fn called_off(&self) {
+        while !self.is_cancelled() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 }
 

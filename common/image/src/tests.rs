@@ -186,3 +186,21 @@ async fn images_of_one_source_share_a_fetch_and_one_of_a_known_checksum_needs_no
     let image = cache.fetch(ID, &elsewhere, &Arc::default()).await.unwrap();
     assert!(image.is_of(&elsewhere) && image.contents == ABC);
 }
+
+#[tokio::test]
+async fn a_conversion_tells_how_far_it_is_and_ends_when_it_is_called_off() {
+    let root = tempfile::tempdir().unwrap();
+    let [raw, image, target] = ["raw", "image", "target"].map(|name| root.path().join(name));
+    fs::write(&raw, vec![7; 4 << 20]).unwrap();
+    let paths = [raw.to_str().unwrap(), image.to_str().unwrap()];
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", paths[0], paths[1]]);
+    let tool = ImageTool::new(Path::new("/usr/bin/qemu-img"), 60);
+    let progress = Progress::default();
+    let info = tool.to_raw(&image, "qcow2", &target, false, 8 << 20, &progress).await.unwrap();
+    assert_eq!((info.virtual_bytes, progress.percent()), (4 << 20, 100));
+    assert_eq!(fs::read(&target).unwrap(), fs::read(&raw).unwrap());
+
+    let progress = Progress { cancelled: true.into(), ..Progress::default() };
+    let ended = tool.to_raw(&image, "qcow2", &target, true, 8 << 20, &progress).await;
+    assert!(matches!(ended, Err(ToolError::Cancelled { .. })), "{ended:?}");
+}

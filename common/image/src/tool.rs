@@ -5,11 +5,14 @@
 //! stranger's choice.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::Deserialize;
 use stackhand_kernel::exec::{ExecError, Program};
 use stackhand_model::{FileFormat, ImageFormat};
+
+use crate::Progress;
 
 /// Memory that it may use, in bytes.
 const MEMORY: u64 = 1 << 30;
@@ -68,6 +71,12 @@ pub enum ToolError {
         bytes: u64,
         /// The limit.
         most: u64,
+    },
+    /// The conversion was called off.
+    #[error("converting {} was called off", .image.display())]
+    Cancelled {
+        /// The image.
+        image: PathBuf,
     },
 }
 
@@ -170,11 +179,12 @@ impl ImageTool {
 
     /// Converts an image that was inspected to plain bytes. With `existing` the target is there
     /// already, a device or a file of at least the image's size; otherwise a sparse file is made.
+    /// `progress` is told how far it is, and may call it off.
     ///
     /// # Errors
     ///
-    /// Fails if the tool does, if the image refers to another file, or if its disk has more than
-    /// `most` bytes.
+    /// Fails if the tool does, if the image refers to another file, if its disk has more than
+    /// `most` bytes, or if it was called off.
     pub async fn to_raw(
         &self,
         image: &Path,
@@ -182,7 +192,9 @@ impl ImageTool {
         target: &Path,
         existing: bool,
         most: u64,
+        progress: &Progress,
     ) -> Result<Info, ToolError> {
+        progress.done.store(0, Ordering::Relaxed);
         let info = self.info(image, format).await?;
         if info.virtual_bytes > most {
             let (image, bytes) = (image.to_owned(), info.virtual_bytes);
@@ -191,12 +203,21 @@ impl ImageTool {
         let mut program = self
             // A disk's last cluster may be written whole.
             .limited(self.convert_seconds, Some(info.virtual_bytes.next_multiple_of(1 << 21)))
-            .args(["convert", "-q", "-U", "-f", format, "-O", "raw"]);
+            .args(["convert", "-p", "-U", "-f", format, "-O", "raw"]);
         if existing {
             program = program.arg("-n");
         }
-        program.arg(image.display().to_string()).arg(target.display().to_string()).run().await?;
-        Ok(info)
+        let program = program.arg(image.display().to_string()).arg(target.display().to_string());
+        progress.total.store(info.virtual_bytes, Ordering::Relaxed);
+        let conversion = program.run_heard(|said| {
+            if let Some(percent) = percent(said) {
+                progress.done.store(info.virtual_bytes.saturating_mul(percent) / 100, Ordering::Relaxed);
+            }
+        });
+        tokio::select! {
+            done = conversion => done.map(|_| info).map_err(ToolError::from),
+            () = progress.called_off() => Err(ToolError::Cancelled { image: image.to_owned() }),
+        }
     }
 
     /// Copies a disk of our own, with what it lies over, to one compact image.
@@ -268,6 +289,20 @@ impl ImageTool {
     }
 }
 
+/// The last percentage in a piece of what the tool prints, which is `    (12.34/100%)\r` again and
+/// again. One that is cut in two is passed over.
+fn percent(said: &[u8]) -> Option<u64> {
+    let text = String::from_utf8_lossy(said);
+    let before = &text[..text.rfind("/100%)")?];
+    let number: f64 = before[before.rfind('(')? + 1..].parse().ok()?;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "0 to 100, and what is not is cut to that"
+    )]
+    Some(number.clamp(0.0, 100.0) as u64)
+}
+
 /// QEMU's name of a file format.
 #[must_use]
 pub fn driver(format: FileFormat) -> &'static str {
@@ -292,5 +327,22 @@ pub(crate) fn foreign_driver(format: ImageFormat) -> Option<&'static str> {
         | ImageFormat::Ami
         | ImageFormat::Kernel
         | ImageFormat::Ramdisk => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_whole_percentage_counts_and_nonsense_does_not() {
+        assert_eq!(percent(b"    (0.00/100%)\r    (12.96/100%)\r"), Some(12));
+        assert_eq!(percent(b"    (99.00/100%)\r    (100.00/10"), Some(99));
+        assert_eq!(percent(b"2.96/100%)\r"), None);
+        for nonsense in [&b""[..], b"(/100%)", b"(x/100%)", b"\xff(1\xff/100%)", b"/100%)("] {
+            assert_eq!(percent(nonsense), None, "{nonsense:?}");
+        }
+        assert_eq!(percent(b"(1e300/100%)"), Some(100));
+        assert_eq!(percent(b"(NaN/100%)"), Some(0));
     }
 }

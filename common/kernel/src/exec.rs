@@ -185,6 +185,16 @@ impl Program {
     /// Fails if it cannot be started, ends with a status other than 0, takes longer than its
     /// limit or prints more than is taken. Dropping the future kills it and its children.
     pub async fn run(&self) -> Result<Output, ExecError> {
+        self.run_heard(|_| {}).await
+    }
+
+    /// The same; `hear` is told what it prints on standard output as it comes, in pieces that end
+    /// anywhere.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::run`].
+    pub async fn run_heard(&self, hear: impl FnMut(&[u8]) + Send) -> Result<Output, ExecError> {
         if !self.path.is_absolute() {
             return Err(ExecError::NotAbsolute { program: self.clone() });
         }
@@ -215,8 +225,8 @@ impl Program {
         let talk = async {
             let ((), out, err) = tokio::try_join!(
                 feed,
-                take(stdout, self.most_output, true),
-                take(stderr, MOST_STDERR, false)
+                take(stdout, self.most_output, true, hear),
+                take(stderr, MOST_STDERR, false, |_| {})
             )?;
             Ok::<_, io::Error>((out, err, child.wait().await?))
         };
@@ -286,6 +296,7 @@ async fn take(
     from: Option<impl AsyncRead + Unpin>,
     most: usize,
     strict: bool,
+    mut hear: impl FnMut(&[u8]),
 ) -> io::Result<Vec<u8>> {
     let mut kept = Vec::new();
     let Some(mut from) = from else { return Ok(kept) };
@@ -295,6 +306,7 @@ async fn take(
         if read == 0 {
             return Ok(kept);
         }
+        hear(&chunk[..read]);
         let room = most - kept.len();
         if read > room && strict {
             return Err(io::ErrorKind::FileTooLarge.into());
