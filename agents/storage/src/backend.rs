@@ -320,8 +320,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// Fails if a guest has the volume open or there is no space. The volume then has either all
-    /// its old bytes or all those of the snapshot.
+    /// Fails if a guest has the volume open or there is no space. What was cut off may leave some
+    /// bytes of each, and is finished by the next call.
     fn revert(&self, item: Item, snapshot: Item, progress: &Progress) -> Result<(), BackendError>;
 
     /// Makes the device of an item appear.

@@ -21,6 +21,9 @@ const CHUNK: u64 = 8 << 20;
 /// Bytes that are compared with zeroes at once, where the source has no notion of holes.
 const PIECE: usize = 1 << 20;
 
+/// Bytes of which a snapshot keeps the old ones when one of them is written.
+const SNAPSHOT_PIECE: usize = 4 << 10;
+
 /// What becomes of bytes that are zero in the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Holes {
@@ -144,6 +147,43 @@ impl Copy<'_> {
     }
 }
 
+/// Gives `target`, which `source` is a snapshot of, the bytes of `source` where the two differ.
+/// Only there: each other write would have the snapshot keep one more old piece.
+pub(super) fn write_back(
+    (source, source_path): (&File, &Path),
+    (target, target_path): (&File, &Path),
+    progress: &Progress,
+) -> Result<(), BackendError> {
+    let length = lseek(source, 0, Whence::SeekEnd)
+        .map_err(|errno| failed("measure", source_path)(errno.into()))?;
+    let total = unsigned(length);
+    progress.total.store(total, Ordering::Relaxed);
+    let (mut wanted, mut there) = (vec![0; PIECE], vec![0; PIECE]);
+    let mut position = 0;
+    while position < total {
+        progress.done.store(position, Ordering::Relaxed);
+        if progress.cancelled.load(Ordering::Relaxed) {
+            return Err(BackendError::Cancelled { path: target_path.to_owned() });
+        }
+        let length = usize::try_from(total - position).unwrap_or(PIECE).min(PIECE);
+        let (wanted, there) = (&mut wanted[..length], &mut there[..length]);
+        source.read_exact_at(wanted, position).map_err(failed("read", source_path))?;
+        target.read_exact_at(there, position).map_err(failed("read", target_path))?;
+        if wanted != there {
+            let pairs = wanted.chunks(SNAPSHOT_PIECE).zip(there.chunks(SNAPSHOT_PIECE));
+            for (at, (wanted, there)) in (position..).step_by(SNAPSHOT_PIECE).zip(pairs) {
+                if wanted != there {
+                    target.write_all_at(wanted, at).map_err(failed("write", target_path))?;
+                }
+            }
+        }
+        position += u64::try_from(length).unwrap_or(0);
+    }
+    target.sync_all().map_err(failed("sync", target_path))?;
+    progress.done.store(total, Ordering::Relaxed);
+    Ok(())
+}
+
 /// Makes a span of a file or block device read as zeroes, telling `step` how far it is.
 fn zero(
     target: &File,
@@ -240,6 +280,30 @@ mod tests {
             assert!(std::fs::read(path).unwrap() == std::fs::read(&from).unwrap(), "{holes:?}");
             assert_eq!(progress.percent(), 100);
         }
+    }
+
+    #[test]
+    fn what_differs_is_written_back_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| root.path().join(name));
+        let mut bytes = vec![3; (2 << 20) + 5000];
+        std::fs::write(&from, &bytes).unwrap();
+        for at in [0, PIECE - 1, (2 << 20) + 4999] {
+            bytes[at] = 4;
+        }
+        std::fs::write(&to, &bytes).unwrap();
+        let source = File::open(&from).unwrap();
+        let target = File::options().read(true).write(true).open(&to).unwrap();
+        let progress = Progress { cancelled: true.into(), ..Progress::default() };
+        assert!(write_back((&source, &from), (&target, &to), &progress).is_err());
+        assert!(std::fs::read(&to).unwrap() == bytes, "called off before anything was written");
+        let progress = Progress::default();
+        write_back((&source, &from), (&target, &to), &progress).unwrap();
+        assert!(std::fs::read(&to).unwrap() == std::fs::read(&from).unwrap());
+        assert_eq!(progress.percent(), 100);
+        // There is nothing more to write: that would fail.
+        let target = File::open(&to).unwrap();
+        write_back((&source, &from), (&target, &to), &Progress::default()).unwrap();
     }
 
     #[test]

@@ -129,9 +129,6 @@ impl<'a> Planner<'a> {
                         }
                         standing
                     }
-                    Presence::Lost if self.situation.reverts.values().any(|it| *it == item) => {
-                        Standing::Waits("its volume is set back to it".into())
-                    }
                     Presence::Lost => Standing::Failed(format!(
                         "{} was there and is gone: put it back (then adopt it), or delete the object",
                         place.display()

@@ -21,20 +21,6 @@ async fn a_volume_that_was_cut_off_while_it_grew_grows_and_awakes_in_one_step() 
 }
 
 #[tokio::test]
-async fn a_snapshot_that_is_used_up_while_its_volume_is_set_back_is_no_lost_one() {
-    let mut bench = Bench::new(true);
-    bench.want([held(volume(1, json!({}))), held(snapshot(20, 1))]);
-    bench.settle().await;
-    bench.fake().host().observed.items.get_mut(&snap(20)).unwrap().presence = Presence::Lost;
-    let report = bench.pass().await;
-    assert!(reason(&report, snap(20).object()).contains("was there and is gone"), "{report:?}");
-    let note = works::revert_note(VolumeId(vol(1).object().id));
-    bench.agent.journal.put(&note, &snap(20).to_string()).await.unwrap();
-    let report = bench.pass().await;
-    assert_eq!(reason(&report, snap(20).object()), "its volume is set back to it");
-}
-
-#[tokio::test]
 async fn what_was_to_be_done_to_a_volume_goes_with_it() {
     let mut bench = Bench::new(true);
     bench.want([held(volume(1, json!({})))]);

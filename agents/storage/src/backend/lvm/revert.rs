@@ -1,17 +1,9 @@
 //! Setting volumes back to a snapshot. LVM has one command for it that uses the snapshot up; here
 //! the snapshot stays, and a call that was cut off is finished by the next one.
 
-use std::sync::atomic::Ordering;
-use std::time::Duration;
-
 use super::{LvmBackend, TAG, name_of};
-use crate::backend::{BackendError, Item, Progress};
-
-/// How often a merge is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// LVM's letter for a volume that a snapshot is merged into.
-const MERGING: char = 'O';
+use crate::backend::notes::open_to_read;
+use crate::backend::{BackendError, Item, Progress, transfer};
 
 /// How the names begin of what a volume becomes, and of what it was.
 const FRESH: &str = "stackhand-revert-";
@@ -59,37 +51,17 @@ impl LvmBackend {
         self.change("revert", &old, "lvremove", &["-f", &self.full(&old)])
     }
 
-    /// The snapshot is merged back, which uses it up; then it is taken again of the same bytes.
+    /// What differs is written back from the snapshot, which stays as it is. LVM's own way, a merge,
+    /// uses the snapshot up and gives the space of its old bytes to whoever comes next, unwiped.
     pub(super) fn revert_thick(
         &self,
         item: Item,
         snapshot: Item,
         progress: &Progress,
     ) -> Result<(), BackendError> {
-        let (name, from) = (name_of(item), self.full(&name_of(snapshot)));
-        if self.is_merging(item)? {
-            // Whoever had begun it is gone; the kernel goes on, and LVM is to see the end.
-            self.change("revert", &name, "lvchange", &["--poll", "y", &self.full(&name)])?;
-        } else if self.have("revert to", snapshot)?.is_some() {
-            self.change("revert", &name, "lvconvert", &["--merge", "--background", &from])?;
-        } else if !self.roll.has(snapshot) {
-            return self.must_have("revert to", snapshot).map(drop);
-        }
-        while self.is_merging(item)? {
-            if progress.cancelled.load(Ordering::Relaxed) {
-                return Err(BackendError::Cancelled { path: self.path(item) });
-            }
-            std::thread::sleep(LOOK_EVERY);
-        }
-        // Noted as finished all along: a call that is cut off before this is known as such.
-        if self.have("revert to", snapshot)?.is_none() {
-            self.take_snapshot(snapshot, item)?;
-        }
-        self.roll.add(snapshot)
-    }
-
-    /// Whether a snapshot is being merged into the volume. LVM hides the snapshot meanwhile.
-    fn is_merging(&self, item: Item) -> Result<bool, BackendError> {
-        Ok(self.must_have("revert", item)?.kind == MERGING)
+        self.must_have("revert to", snapshot)?;
+        let (path, from) = (self.path(item), self.path(snapshot));
+        let (target, source) = (self.open_to_write(&path)?, open_to_read(&from)?);
+        transfer::write_back((&source, &from), (&target, &path), progress)
     }
 }
