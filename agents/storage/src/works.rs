@@ -287,8 +287,7 @@ async fn perform(
                 }
                 backend.import(item, bytes, &mut |target| {
                     let format = driver(found.disk);
-                    let write =
-                        images.tool.to_raw(&source, format, target, true, bytes, &progress);
+                    let write = images.tool.to_raw(&source, format, target, true, bytes, &progress);
                     runtime.block_on(write).map(drop).map_err(|error| match error {
                         ToolError::Cancelled { .. } => {
                             BackendError::Cancelled { path: target.to_owned() }

@@ -211,7 +211,9 @@ impl ImageTool {
         progress.total.store(info.virtual_bytes, Ordering::Relaxed);
         let conversion = program.run_heard(|said| {
             if let Some(percent) = percent(said) {
-                progress.done.store(info.virtual_bytes.saturating_mul(percent) / 100, Ordering::Relaxed);
+                progress
+                    .done
+                    .store(info.virtual_bytes.saturating_mul(percent) / 100, Ordering::Relaxed);
             }
         });
         tokio::select! {

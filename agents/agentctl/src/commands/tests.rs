@@ -297,7 +297,13 @@ async fn ping_wait_act_and_facts_reach_the_agents() {
     assert!(acted.out.contains("hard: true"), "{acted:?}");
     let waited = cloud.run(&["act", "instance/demo", "reboot", "--wait"]).await;
     assert!(waited.err.contains("Instance demo on node1: active"), "{waited:?}");
+}
+
+#[tokio::test]
+async fn an_action_that_is_not_over_in_time_is_told_with_the_reason() {
+    let cloud = Cloud::start(&["node1"]).await;
     cloud.agent("node1", AgentKind::Compute).keep_pending(Kind::Instance, "boots, 40 % done");
+    let manifest = Manifest::new(WEB);
     cloud.run(&["apply", "-f", &manifest.path(), "--set", "HOST=node1"]).await;
     let late = cloud.run(&["act", "instance/demo", "reboot", "--wait=1"]).await;
     assert_eq!(late.exit, Exit::NotWell, "{late:?}");

@@ -170,7 +170,7 @@ async fn wrong_arguments_are_named_with_the_nearest_known_one() {
         ("apply", json!({}), "", "missing field `resources`"),
         ("apply", json!({"resources": 7}), "resources", "invalid type"),
         ("ping", json!({"x": 1}), "x", "it takes none"),
-        ("wait", json!({"refs": [], "condition": "done", "timeout": 1}), "condition", "`settled`"),
+        ("wait", json!({"refs": [], "condition": "ready", "timeout": 1}), "condition", "`settled`"),
         ("wait", json!({"refs": [], "condition": "gone", "timeout": -1}), "timeout", "0 to 3600"),
         ("wait", json!({"refs": [], "condition": "gone", "timeout": 1e9}), "timeout", "0 to 3600"),
         ("delete", json!({"refs": [{"kind": "Prot", "id": id(1)}]}), "refs[0].kind", "Port"),
