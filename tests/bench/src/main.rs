@@ -17,6 +17,7 @@ mod ports;
 mod routers;
 mod rpc;
 mod services;
+mod storage;
 mod table;
 
 use std::path::PathBuf;
@@ -29,9 +30,11 @@ use table::Row;
 /// Measures speed and memory against the bars.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which to run: rpc, ledger, agents, outage, list, compute, ports, firewall, routers, services, nat. Default: all.
+    /// Which to run: rpc, ledger, agents, outage, list, compute, ports, firewall, routers, services, nat, storage.
+    /// Default: all.
     #[arg(value_parser = [
         "rpc", "ledger", "agents", "outage", "list", "compute", "ports", "firewall", "routers", "services", "nat",
+        "storage",
     ])]
     names: Vec<String>,
     #[command(subcommand)]
@@ -47,14 +50,27 @@ enum Role {
         /// Broker to serve on.
         url: String,
     },
+    /// Measure the storage agent inside a machine of the lab.
+    #[command(hide = true)]
+    StorageInside {
+        /// Where the figures go.
+        figures: PathBuf,
+    },
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    if let Some(Role::RpcServer { url }) = arguments.role {
-        rpc::serve(&url).await?;
-        return Ok(ExitCode::SUCCESS);
+    match arguments.role {
+        Some(Role::RpcServer { url }) => {
+            rpc::serve(&url).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Role::StorageInside { figures }) => {
+            storage::inside(&figures).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        None => {}
     }
     let wanted =
         |name: &str| arguments.names.is_empty() || arguments.names.iter().any(|it| it == name);
@@ -92,6 +108,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if wanted("nat") {
         all.extend(finish("nat", nat::run().await?)?);
+    }
+    if wanted("storage") {
+        all.extend(finish("storage", storage::run().await?)?);
     }
     missed |= all.iter().any(|row| !row.met());
     table::print(&all)?;

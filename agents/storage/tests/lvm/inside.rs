@@ -3,7 +3,9 @@
 mod agent;
 mod exports;
 mod killed;
+mod pool;
 mod textbook;
+mod unit;
 mod volumes;
 
 use std::collections::BTreeMap;

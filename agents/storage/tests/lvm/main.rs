@@ -37,18 +37,23 @@ mod lab {
     }
 
     #[test]
-    fn thin_volumes_keep_their_bytes_through_snapshots_clones_growth_and_reverts() {
-        finish(machine(&[], "volumes::thin"));
+    fn volumes_of_a_group_keep_their_bytes_and_nobody_reads_anothers() {
+        finish(machine(&[], "volumes::thin_then_thick"));
     }
 
     #[test]
-    fn the_kernels_target_lets_in_whom_it_should_and_open_iscsi_finds_the_right_device() {
-        finish(machine(&[], "exports::lio"));
+    fn exports_find_the_right_device_and_a_pool_keeps_what_it_promises() {
+        finish(machine(&[], "exports::exports_then_pool"));
     }
 
     #[test]
-    fn an_agent_killed_before_and_after_each_command_of_lvm_finishes_what_it_had_begun() {
+    fn an_agent_killed_at_each_of_lvms_changes_finishes_what_it_had_begun() {
         finish(machine(&[], "killed::agent"));
+    }
+
+    #[test]
+    fn the_unit_with_its_drop_in_may_drive_lvm_and_the_kernels_target() {
+        finish(machine(&["--systemd"], "unit::drop_in"));
     }
 
     #[test]

@@ -73,6 +73,13 @@ pub(super) fn sized(id: u128, backend: &str, size: u64) -> Document {
     document("Volume", id, size, &json!({"host": "here", "size_gib": size, "backend": backend}))
 }
 
+/// A volume given to this machine's own kernel.
+pub(super) fn attached(id: u128, volume: u128) -> Document {
+    let connector = json!({"host": "there", "initiator": ME, "client": "host"});
+    let spec = json!({"volume": Uuid::from_u128(volume), "connector": connector});
+    document("Attachment", id, 1, &spec)
+}
+
 pub(super) fn snapshot(id: u128, volume: u128) -> Document {
     document("Snapshot", id, 1, &json!({"volume": Uuid::from_u128(volume)}))
 }
@@ -82,12 +89,4 @@ pub(super) fn volumes() -> Vec<String> {
     let said = must("lvm", &["lvs", "--noheadings", "-o", "lv_name", GROUP]);
     let names = said.split_whitespace().filter(|name| *name != "cinder-volumes-pool");
     names.map(str::to_owned).collect()
-}
-
-/// Ids that LVM gave a volume and its snapshot; they change when the volume is set back. Nobody
-/// has to open it to see that.
-pub(super) fn identities(items: &[Item]) -> Vec<String> {
-    let said = must("lvm", &["lvs", "--noheadings", "-o", "lv_uuid,lv_name", GROUP]);
-    let ours = |line: &&str| items.iter().any(|item| line.ends_with(&item.to_string()));
-    said.lines().map(str::trim).filter(ours).map(str::to_owned).collect()
 }

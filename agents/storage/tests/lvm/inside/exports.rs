@@ -4,6 +4,11 @@ use super::*;
 
 #[test]
 #[ignore = "run by `lab` inside a machine"]
+fn exports_then_pool() {
+    lio();
+    pool::fills_up();
+}
+
 fn lio() {
     let runtime = runtime();
     let _in = runtime.enter();
@@ -99,7 +104,7 @@ fn lio() {
     lio.withdraw(id).unwrap();
     assert!(lio.observe().unwrap().is_empty());
     let wanted = target(1, &disk, 768 * MIB, &[(ME, good, false)]);
-    for step in 0..24 {
+    for step in 0..12 {
         #[expect(clippy::disallowed_methods, reason = "killed by the test")]
         let mut child = std::process::Command::new(&program)
             .args(["--ignored", "--exact", "inside::exports::publish_once"])
@@ -107,7 +112,7 @@ fn lio() {
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(10 + step * 4));
+        std::thread::sleep(Duration::from_millis(10 + step * 8));
         child.kill().unwrap();
         child.wait().unwrap();
         if step % 2 == 0 {
@@ -117,7 +122,7 @@ fn lio() {
         lio.withdraw(id).unwrap();
         assert!(lio.observe().unwrap().is_empty(), "after step {step}");
     }
-    println!("ok: killed 24 times on the way");
+    println!("ok: killed 12 times on the way");
     assert!(foreign.exists() && store.exists(), "what others made is there");
     fs::remove_dir(foreign).unwrap();
     thin.delete(vol(1)).unwrap();

@@ -1,7 +1,9 @@
 //! The textbook case: volume group `cinder-volumes` on a loop device, a volume `demo-v1` of 1 GB,
 //! and instances of another host that have it as `/dev/vdb`.
 
-use super::agent::{Agent, identities, sized, snapshot, volumes};
+use stackhand_runtime::api::Condition;
+
+use super::agent::{Agent, sized, snapshot, volumes};
 use super::*;
 use crate::guests::{Ask, put};
 use crate::machine::digest;
@@ -100,7 +102,6 @@ fn demo_v1() {
                           "source": {"snapshot": Uuid::from_u128(20)}});
         client.apply(&[document("Volume", 2, 1, &spec)]).await.unwrap();
         Agent::until(Kind::Volume, 2, |facts| has(facts, 3)).await;
-        let before = identities(&[vol(1)]);
         Agent::revert(&client, 1, 20).await;
         let hash = |id: u128| {
             let disk = Path::new("/dev/cinder-volumes").join(vol(id).to_string());
@@ -108,10 +109,7 @@ fn demo_v1() {
             digest(&must("sh", &["-c", &script]), "")
         };
         assert_eq!(hash(2), wrote, "a clone");
-        wait_for(PATIENCE, "the volume to be set back", async || {
-            (identities(&[vol(1)]) != before && volumes().len() == 3).then_some(())
-        })
-        .await;
+        client.wait(&[vol(1).object()], Condition::Done, PATIENCE).await.unwrap();
         assert_eq!(hash(1), wrote, "the volume set back");
         let link = given(32, 1, "compute3");
         client.apply(std::slice::from_ref(&link)).await.unwrap();
