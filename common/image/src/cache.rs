@@ -366,4 +366,3 @@ fn converted_name(format: ImageFormat, sha256: &str) -> String {
     let text = format!("{format:?} {sha256}");
     crate::hex(ring::digest::digest(&ring::digest::SHA256, text.as_bytes()).as_ref())
 }
-

@@ -86,7 +86,7 @@ impl LvmBackend {
         };
         let allocated = match volume.kind {
             'V' => u128::from(volume.bytes) * u128::from(volume.fill.data) / 10_000,
-            _ => u128::from(volume.bytes),
+            _ => u128::from(volume.room),
         };
         Seen {
             presence,
@@ -127,6 +127,7 @@ mod tests {
         Volume {
             name: "volume-1".into(),
             bytes: 1000,
+            room: 1000,
             tags: tags.iter().map(|&tag| tag.to_owned()).collect(),
             kind: attributes.chars().next().unwrap(),
             writable: true,

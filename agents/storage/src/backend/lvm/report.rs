@@ -8,7 +8,7 @@ use crate::backend::Fill;
 
 /// Columns that are asked for.
 pub(super) const COLUMNS: &str = "vg_uuid,vg_size,vg_free,vg_missing_pv_count,lv_name,lv_size,\
-    lv_attr,lv_tags,origin,pool_lv,data_percent,metadata_percent,lv_health_status,lv_active,\
+    lv_attr,lv_tags,origin,origin_size,pool_lv,data_percent,metadata_percent,lv_health_status,lv_active,\
     lv_device_open";
 
 /// Columns of a group without volumes, of which the ones above tell nothing.
@@ -28,7 +28,10 @@ pub(super) struct Group {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Volume {
     pub(super) name: String,
+    /// Its size, as who opens it sees it.
     pub(super) bytes: u64,
+    /// What it takes of the group; of a thick snapshot that is room for changes.
+    pub(super) room: u64,
     pub(super) tags: BTreeSet<String>,
     /// First letter of the attributes: `V` thin, `t` pool, `s` snapshot, …
     pub(super) kind: char,
@@ -70,6 +73,7 @@ struct Row {
     lv_attr: String,
     lv_tags: String,
     origin: String,
+    origin_size: String,
     pool_lv: String,
     data_percent: String,
     metadata_percent: String,
@@ -108,8 +112,12 @@ pub(super) fn parse(json: &[u8]) -> Result<Option<Group>, String> {
 fn volume(row: Row) -> Result<Volume, String> {
     let some = |text: String| (!text.is_empty()).then_some(text);
     let mut attributes = row.lv_attr.chars();
+    let room = number("lv_size", &row.lv_size)?;
+    let is_thick_snapshot = row.lv_attr.starts_with(['s', 'S']) && !row.origin_size.is_empty();
+    let bytes = if is_thick_snapshot { number("origin_size", &row.origin_size)? } else { room };
     Ok(Volume {
-        bytes: number("lv_size", &row.lv_size)?,
+        bytes,
+        room,
         tags: row.lv_tags.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect(),
         kind: attributes.next().unwrap_or('-'),
         writable: attributes.next() != Some('r'),
@@ -184,9 +192,11 @@ mod tests {
         assert!(group.volumes[1].tags.contains("stackhand"));
         assert_eq!((group.volumes[1].kind, group.volumes[1].state), ('V', 'a'));
         assert!(group.volumes[1].writable);
-        let kept = row("_snapshot-1", &json!({"lv_attr": "sri-a-s---"}));
-        let kept = parsed(&[kept]).unwrap().unwrap().volumes.remove(0);
+        let sizes =
+            json!({"lv_attr": "sri-a-s---", "lv_size": "88080384", "origin_size": "67108864"});
+        let kept = parsed(&[row("_snapshot-1", &sizes)]).unwrap().unwrap().volumes.remove(0);
         assert_eq!((kept.kind, kept.writable, kept.state), ('s', false, 'a'));
+        assert_eq!((kept.bytes, kept.room), (64 << 20, 84 << 20));
     }
 
     #[test]

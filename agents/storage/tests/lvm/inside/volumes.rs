@@ -159,6 +159,7 @@ fn thick() {
     thick.clone_item(snap(20), vol(1), 0).unwrap();
     write(&device, 8, 64);
     assert_eq!(filled(&path(&thick, snap(20)), 64), Some(9));
+    assert_eq!(thick.observe().unwrap().items[&snap(20)].bytes, 64 * MIB);
     // A clone is a copy, from the snapshot, while the volume is used.
     let open = File::open(&device).unwrap();
     let source = path(&thick, snap(20));
