@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
-use stackhand_model::{AgentKind, ImageId, InstanceId, ObjectRef};
+use stackhand_model::{
+    AgentKind, Connection, ImageId, InstanceId, IscsiClient, ObjectRef, VolumeId,
+};
 use stackhand_runtime::agent::{
     Action, Agent, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
@@ -26,6 +28,7 @@ use crate::config::{ComputeSection, VirtType};
 use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
 use crate::hypervisor::{DomainChange, HostFacts, Hypervisor, Power};
+use crate::initiator::{HELPER, HostInitiator, Initiator, Question, by_host};
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
 use console::Consoles;
@@ -48,6 +51,7 @@ pub struct ComputeAgent<H> {
     host: String,
     section: ComputeSection,
     hypervisor: Arc<H>,
+    initiator: Arc<dyn Initiator>,
     cache: ImageCache,
     images: PathBuf,
     store: Store,
@@ -100,6 +104,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
             host: host.to_owned(),
             section: section.clone(),
             hypervisor: Arc::new(hypervisor),
+            initiator: Arc::new(HostInitiator::new(HELPER)),
             fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
             cache,
             images,
@@ -113,6 +118,13 @@ impl<H: Hypervisor> ComputeAgent<H> {
             locks: Mutex::default(),
             awaited: Arc::default(),
         }
+    }
+
+    /// The same with another initiator.
+    #[must_use]
+    pub fn with_initiator(mut self, initiator: Arc<dyn Initiator>) -> Self {
+        self.initiator = initiator;
+        self
     }
 
     /// What runs its domains.
@@ -197,14 +209,24 @@ impl<H: Hypervisor> ComputeAgent<H> {
             .flat_map(|wish| &wish.spec.volumes)
             .filter_map(|volume| local_path(&volume.connection).map(Path::to_owned))
             .collect();
+        let taken_in: BTreeMap<VolumeId, Connection> = wanted
+            .instances
+            .values()
+            .flat_map(|wish| &wish.spec.volumes)
+            .filter_map(|volume| Some((volume.volume, by_host(&volume.connection)?.clone())))
+            .collect();
+        let initiator = Arc::clone(&self.initiator);
         let looked = crate::blocking(move || {
+            let attached = initiator.look(&taken_in);
             let links = taps.into_iter().filter(|tap| link_exists(tap)).collect();
             // What we may not look at, libvirt may.
             let there = |path: &PathBuf| path.try_exists().unwrap_or(true);
             let volumes = paths.into_iter().filter(there).collect();
-            Ok::<_, crate::files::FileError>((cache.look()?, store.look()?, links, volumes))
+            let (cache, store) = (cache.look()?, store.look()?);
+            Ok::<_, crate::files::FileError>((cache, store, links, volumes, attached))
         });
-        let (cache, store, links, volumes) = looked.await.map_err(|error| crate::chain(&error))?;
+        let (cache, store, links, volumes, attached) =
+            looked.await.map_err(|error| crate::chain(&error))?;
         let limit = Duration::from_secs(u64::from(self.section.shutdown_timeout_seconds));
         let memory = self.memory();
         Ok(Situation {
@@ -215,6 +237,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
             store,
             links,
             volumes,
+            attached,
             stopping: memory
                 .stopping
                 .iter()
@@ -306,6 +329,12 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 self.hypervisor.abort_copy(id).await.map_err(|error| error.to_string())?;
                 let copy = self.store.copy(id);
                 crate::blocking(move || stackhand_image::files::remove(&copy)).await.map_err(chain)
+            }
+            (Step::Initiator(question), Some(id)) => {
+                self.initiator.ask(question).await?;
+                // What came is used, and what went is seen, by the next look.
+                self.wake.object_changed(id.object());
+                Ok(())
             }
             (Step::Domain(change), Some(id)) => {
                 let stops = change == DomainChange::Shutdown;
@@ -532,7 +561,13 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
         facts["virt_type_reason"] = json!(engine.as_ref().map(|(_, why)| why));
         facts["images"] = json!(images);
         facts["capacity"] = json!(capacity);
-        facts["connector"] = json!({"client": "qemu"});
+        facts["connector"] = match self.section.iscsi_client {
+            IscsiClient::Qemu => json!({"client": "qemu"}),
+            IscsiClient::Host => match self.initiator.ask(Question::Name).await {
+                Ok(name) => json!({"client": "host", "initiator": name}),
+                Err(reason) => json!({"client": "host", "reason": reason}),
+            },
+        };
         facts["usage"] = match self.hypervisor.usage().await {
             Ok(usage) => json!(usage),
             Err(_) => json!({}),

@@ -2,17 +2,21 @@
 
 use std::path::Path;
 
+use stackhand_model::IscsiClient;
 use stackhand_runtime::config::Loaded;
 use stackhand_runtime::preflight::{Check, Finding};
 
 use crate::config::{ComputeSection, VirtType};
+use crate::initiator::{HELPER, HostInitiator, Initiator, Question};
 
 /// The agent's own checks: QEMU's image tool and KVM.
 #[must_use]
 pub fn checks(loaded: &Loaded<ComputeSection>) -> Vec<Check> {
     let section = loaded.settings.agent.clone();
     let (tool, virt_type) = (section.qemu_img.clone(), section.virt_type);
+    let client = section.iscsi_client;
     vec![
+        Check::new("initiator", move || initiator(client, HostInitiator::new(HELPER))),
         Check::blocking("qemu-img", move || vec![program(&tool)]),
         Check::blocking("kvm", move || {
             let mut found = vec![kvm(virt_type, Path::new("/dev/kvm"))];
@@ -32,6 +36,22 @@ fn program(path: &Path) -> Finding {
             "apt-get install qemu-utils, or set compute.qemu_img",
         ),
     }
+}
+
+async fn initiator(client: IscsiClient, initiator: HostInitiator) -> Vec<Finding> {
+    const CHECK: &str = "initiator";
+    if client == IscsiClient::Qemu {
+        return vec![Finding::info(CHECK, "not used: compute.iscsi_client is qemu")];
+    }
+    vec![match initiator.ask(Question::Name).await {
+        Ok(name) => Finding::pass(CHECK, format!("this host logs in as {name}")),
+        Err(reason) => Finding::failure(
+            CHECK,
+            reason,
+            "apt-get install open-iscsi && systemctl enable --now compute-initiator.socket, or set \
+             compute.iscsi_client to qemu",
+        ),
+    }]
 }
 
 fn kvm(virt_type: VirtType, device: &Path) -> Finding {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use stackhand_model::IscsiClient;
 use stackhand_runtime::config::{AgentSection, Problems};
 
 /// `[compute]`: how instances run.
@@ -52,6 +53,9 @@ pub struct ComputeSection {
     /// Minutes between two events that tell what instances use, for those who bill, 0 to 1440;
     /// 0: none. Default: 60.
     pub usage_event_minutes: u32,
+    /// Who takes volumes in that come by iSCSI: QEMU itself (`qemu`), or this host's kernel
+    /// (`host`), which needs open-iscsi and `compute-initiator.socket`. Default: `qemu`.
+    pub iscsi_client: IscsiClient,
     /// QEMU's image tool. Default: `/usr/bin/qemu-img`.
     pub qemu_img: PathBuf,
 }
@@ -91,6 +95,7 @@ impl Default for ComputeSection {
             reserved_disk_gib: 0,
             usage_interval_seconds: 30,
             usage_event_minutes: 60,
+            iscsi_client: IscsiClient::Qemu,
             qemu_img: "/usr/bin/qemu-img".into(),
         }
     }

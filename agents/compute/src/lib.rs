@@ -13,6 +13,7 @@ pub mod config_drive;
 pub mod desired;
 pub mod domain;
 pub mod hypervisor;
+pub mod initiator;
 pub mod libvirt;
 pub mod plan;
 pub mod store;

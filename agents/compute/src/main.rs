@@ -15,6 +15,13 @@ use stackhand_runtime::events::{EventLog, NewEvent};
 use stackhand_runtime::run::{AgentContext, Program};
 
 fn main() -> ExitCode {
+    // Not the agent: the helper that attaches volumes for it, see decision 16.
+    if std::env::args().nth(1).as_deref() == Some("initiator") {
+        return match stackhand_attach::helper::serve(std::io::stdin(), std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_hung_up) => ExitCode::FAILURE,
+        };
+    }
     Program::new(env!("CARGO_PKG_VERSION"), start).with_checks(checks).main()
 }
 

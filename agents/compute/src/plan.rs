@@ -29,6 +29,7 @@ use uuid::Uuid;
 use crate::desired::Wanted;
 use crate::domain::Engine;
 use crate::hypervisor::{DomainChange, DomainSeen};
+use crate::initiator::{self, Attached, Question};
 use crate::store::{Part, Record, StoreSeen};
 pub(crate) use blueprint::root_target;
 pub use claims::Capacity;
@@ -76,6 +77,8 @@ pub enum Step {
     EndSnapshot,
     /// Changes the domain.
     Domain(DomainChange),
+    /// Has this host's initiator take a volume in, or let go of it.
+    Initiator(Question),
     /// Removes the folder of an instance.
     RemoveFiles(InstanceId),
 }
@@ -99,6 +102,7 @@ impl fmt::Display for Step {
             Self::RemovePart(part) => write!(f, "remove the {}", part.name()),
             Self::EndSnapshot => write!(f, "end the snapshot that was under way"),
             Self::Domain(change) => write!(f, "{change}"),
+            Self::Initiator(question) => f.write_str(&initiator::words(question)),
             Self::RemoveFiles(id) => write!(f, "remove the files of instance {id}"),
         }
     }
@@ -144,6 +148,8 @@ pub struct Situation {
     pub links: BTreeSet<String>,
     /// Files and devices of volumes that are there.
     pub volumes: BTreeSet<PathBuf>,
+    /// Volumes that instances have by this host's own initiator.
+    pub attached: Attached,
     /// Guests that were asked to shut down, and whether their time is up.
     pub stopping: BTreeMap<InstanceId, bool>,
     /// Instances whose grief was told; the next attempt lets them go on.

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use stackhand_image::{ImageTool, ToolError};
 use stackhand_kernel::exec::{ExecError, Program};
-use stackhand_model::{FileFormat, ImageId, InstanceId, PowerState, VolumeId};
+use stackhand_model::{Connection, FileFormat, ImageId, InstanceId, PowerState, VolumeId};
 
 use crate::files::{
     FileError, failed, make_passage, make_readable, names, read_json, remove, sync_folder,
@@ -60,6 +60,9 @@ pub struct Record {
     /// Sizes in GiB that the running guest was told of its volumes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sizes: BTreeMap<VolumeId, u64>,
+    /// Volumes that this host's own initiator takes in for it, and how it lets go of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attached: BTreeMap<VolumeId, Connection>,
     /// It is being rebuilt: its root disk is to be made anew.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rebuild: bool,

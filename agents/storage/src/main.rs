@@ -10,7 +10,7 @@ use stackhand_storage::config::StorageSection;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    if let Some(code) = attach::cli::run(&arguments) {
+    if let Some(code) = attach::run(&arguments) {
         return code;
     }
     Program::new(env!("CARGO_PKG_VERSION"), start).with_checks(checks).main()

@@ -2,9 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stackhand_model::{
-    Connection, InstanceId, InstanceSpec, InstanceVolume, IscsiClient, VolumeId,
-};
+use stackhand_attach::stable_path;
+use stackhand_model::{Connection, InstanceId, InstanceSpec, InstanceVolume, VolumeId};
 
 use super::{Fashion, Stop};
 use crate::domain::{Blueprint, Disk, DiskSource, KernelBoot, Nic, Plugged, tap_name};
@@ -45,17 +44,14 @@ pub(super) fn blueprint(
     }
     let mut volumes = Vec::new();
     for volume in &spec.volumes {
-        if let Connection::Iscsi { client: IscsiClient::Host, .. } = volume.connection {
-            return Err(Stop::Fails(format!(
-                "volume {} is for the host's own initiator: attach it with client qemu, or log in \
-                 with `storage-agent attach` and give its block device",
-                volume.volume
-            )));
-        }
+        let connection = match stable_path(&volume.connection) {
+            Some(path) => Connection::Block { path },
+            None => volume.connection.clone(),
+        };
         let boots = boots_from == Some(volume.volume);
         let disk = Disk {
             target: targets.volumes.get(&volume.volume).cloned().unwrap_or_default(),
-            source: DiskSource::Volume(volume.connection.clone()),
+            source: DiskSource::Volume(connection),
             boot: boots.then_some(1),
             serial: Some(volume.volume),
             read_only: volume.read_only,

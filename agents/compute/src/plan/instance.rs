@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use stackhand_model::{ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState, VolumeId};
+use stackhand_model::{
+    Connection, ImageFormat, ImageId, InstanceId, InstanceSpec, PowerState, VolumeId,
+};
 use stackhand_runtime::agent::Outcome;
 
 use super::blueprint::{Targets, blueprint, has_blank_root};
 use super::claims::Claims;
-use super::live::{Plug, keep_password};
+use super::live::{Plug, keep_password, rescan};
 use super::{Situation, Step, Stop, pending, progress, ready};
 use crate::desired::{Wanted, Wish};
 use crate::domain::{Blueprint, Devices, DiskSource, domain_name};
 use crate::hypervisor::{DomainChange, DomainSeen, OffReason, Power, Stall};
+use crate::initiator::{Question, by_host, without_password};
 use crate::store::{Base, Part, Pinned, PowerOverride, Record};
 
 const GIB: u64 = 1 << 30;
@@ -85,10 +88,31 @@ fn remove(
             }
         }
     }
-    if situation.store.folders.contains_key(&id) {
+    if let Some(folder) = situation.store.folders.get(&id) {
+        // The record goes last: it knows what this host took in.
+        let attached = folder.record.iter().flat_map(|record| &record.attached);
+        steps.extend(attached.map(|(&volume, connection)| detach(volume, connection)));
         steps.push(Step::RemoveFiles(id));
     }
     Outcome::Gone
+}
+
+fn detach(volume: VolumeId, connection: &Connection) -> Step {
+    Step::Initiator(Question::Detach { volume, connection: connection.clone() })
+}
+
+/// Notes what this host's initiator is to take in, and gives what it is to let go of: what neither
+/// the document nor the guest has any more.
+fn by_initiator(spec: &InstanceSpec, record: &mut Record, kept: &Devices) -> Vec<VolumeId> {
+    let wanted = spec.volumes.iter();
+    let wanted: BTreeMap<VolumeId, Connection> = wanted
+        .filter_map(|it| Some((it.volume, without_password(by_host(&it.connection)?))))
+        .collect();
+    let left = record.attached.keys().copied();
+    let left = left.filter(|it| !wanted.contains_key(it) && !kept.volumes.contains_key(it));
+    let left = left.collect();
+    record.attached.extend(wanted);
+    left
 }
 
 fn make(
@@ -133,6 +157,11 @@ fn make(
     let gone = gone.into_iter().filter(|volume| !record.targets.contains_key(volume));
     let gone: Vec<VolumeId> = gone.collect();
     record.sizes.retain(|volume, _| record.targets.contains_key(volume));
+    let mut let_go = by_initiator(spec, &mut record, devices);
+    if saved {
+        // The memory that was put on disk goes on with what it had.
+        let_go.clear();
+    }
     let blueprint = blueprint(fashion, id, spec, &record, command_line)?;
     let written = |error: crate::domain::Unwritable| Stop::Fails(crate::chain(&error));
     let definition = blueprint.definition().map_err(written)?;
@@ -195,6 +224,16 @@ fn make(
     if before.as_ref() != Some(&record) {
         steps.push(Step::Prepare(Box::new(record.clone())));
     }
+    if stays {
+        let missing = spec.volumes.iter().filter(|volume| {
+            by_host(&volume.connection).is_some()
+                && matches!(situation.attached.get(&volume.volume), None | Some(Ok(false)))
+        });
+        steps.extend(missing.map(|volume| {
+            let connection = volume.connection.clone();
+            Step::Initiator(Question::Attach { volume: volume.volume, connection })
+        }));
+    }
     match (&record.base, root_bytes) {
         (Some(base), Some(bytes)) if spec.image.is_some() => {
             let (contents, format) = (base.pinned.contents.clone(), base.format);
@@ -235,6 +274,7 @@ fn make(
             }
             ready::to_start(situation, spec, &mut claims.awaited)?;
             steps.extend(spec.volumes.iter().filter_map(keep_password));
+            steps.extend(spec.volumes.iter().filter_map(rescan));
             sizes = spec
                 .volumes
                 .iter()
@@ -272,6 +312,10 @@ fn make(
     steps.extend(change.map(Step::Domain));
     // What is true once all that is done, and not before.
     let mut after = Record { rebuild: false, sizes, ..record.clone() };
+    for volume in let_go {
+        let connection = after.attached.remove(&volume);
+        steps.extend(connection.map(|connection| detach(volume, &connection)));
+    }
     if want == PowerState::Running {
         after.seen_running = Some(generation);
     }

@@ -5,11 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stackhand_model::{Connection, InstanceId, InstanceSpec, InstanceVolume, VolumeId};
+use stackhand_model::{
+    Connection, InstanceId, InstanceSpec, InstanceVolume, IscsiClient, VolumeId,
+};
 
 use super::{Situation, Step, Stop, ready};
 use crate::domain::{Blueprint, Unwritable};
 use crate::hypervisor::{DomainChange, DomainSeen};
+use crate::initiator::{Question, by_host, without_password};
 
 /// A running domain and what it should be.
 pub(super) struct Plug<'a> {
@@ -85,6 +88,7 @@ impl Plug<'_> {
                     if let Some(size) = volume.size_gib
                         && told.is_none_or(|told| told < size)
                     {
+                        steps.extend(rescan(volume));
                         let (target, bytes) = (plugged.guest.clone(), size << 30);
                         steps.push(Step::Domain(DomainChange::Resize { target, bytes }));
                     }
@@ -125,10 +129,16 @@ fn defect(error: Unwritable) -> Stop {
 /// The step that makes a volume's password known before it is opened.
 pub(super) fn keep_password(volume: &InstanceVolume) -> Option<Step> {
     match &volume.connection {
-        Connection::Iscsi { password: Some(password), .. } => {
+        Connection::Iscsi { password: Some(password), client: IscsiClient::Qemu, .. } => {
             let (volume, password) = (volume.volume, password.clone());
             Some(Step::Domain(DomainChange::Keep { volume, password }))
         }
         _ => None,
     }
+}
+
+/// The step that has this host see how large a volume is that it took in by itself.
+pub(super) fn rescan(volume: &InstanceVolume) -> Option<Step> {
+    let connection = without_password(by_host(&volume.connection)?);
+    Some(Step::Initiator(Question::Rescan { volume: volume.volume, connection }))
 }

@@ -7,6 +7,7 @@ use stackhand_model::{Connection, InstanceSpec, InstanceVolume};
 
 use super::{Situation, Stop};
 use crate::domain::tap_name;
+use crate::initiator::by_host;
 
 /// Whether an instance can be started.
 pub(super) fn to_start(
@@ -30,6 +31,14 @@ pub(super) fn to_start(
 
 /// Whether a volume can be opened; if not, what is waited for.
 pub(super) fn volume(situation: &Situation, volume: &InstanceVolume) -> Result<(), String> {
+    if by_host(&volume.connection).is_some() {
+        let waits = |why: &str| Err(format!("waits for volume {}: {why}", volume.volume));
+        return match situation.attached.get(&volume.volume) {
+            Some(Ok(true)) => Ok(()),
+            Some(Err(reason)) => waits(reason),
+            Some(Ok(false)) | None => waits("this host logs in to its target"),
+        };
+    }
     match local_path(&volume.connection) {
         Some(path) if !situation.volumes.contains(path) => {
             Err(format!("waits for volume {}: there is no {}", volume.volume, path.display()))

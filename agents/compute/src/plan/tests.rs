@@ -35,6 +35,7 @@ impl World {
             store: StoreSeen::default(),
             links: BTreeSet::new(),
             volumes: BTreeSet::new(),
+            attached: BTreeMap::new(),
             stopping: BTreeMap::new(),
             crashed: BTreeSet::new(),
             detaching: BTreeMap::new(),
@@ -116,6 +117,16 @@ impl World {
                 self.situation.store.folders.get_mut(&id).unwrap().parts.remove(&part);
             }
             Step::EndSnapshot => {}
+            Step::Initiator(Question::Attach { volume, .. }) => {
+                self.situation.attached.insert(volume, Ok(true));
+            }
+            Step::Initiator(Question::Detach { volume, .. }) => {
+                let mut domains = self.host.domains.values();
+                let has_it = domains.any(|it| it.devices.volumes.contains_key(&volume));
+                assert!(!has_it, "taken away from under a guest");
+                self.situation.attached.remove(&volume);
+            }
+            Step::Initiator(_) => {}
             Step::Domain(change) => {
                 if matches!(change, DomainChange::Define { .. }) {
                     assert!(

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Driven, Libvirtd, UP, document, kernel, ramdisk, run};
 use serde_json::{Value, json};
+use stackhand_compute::config::VirtType;
 use stackhand_compute::domain::Engine;
 use stackhand_compute::hypervisor::Hypervisor;
+use stackhand_compute::initiator::Initiator;
 use stackhand_compute::libvirt::Libvirt;
 use stackhand_model::{Document, ErrorCode};
 use stackhand_runtime::agent::Agent;
@@ -50,6 +52,12 @@ impl Scene {
 
     pub(crate) fn driven(&self) -> Driven {
         Driven::new(&self.root.path().join("state"), &self.libvirtd.uri())
+    }
+
+    /// The same with guests on that engine, and with an initiator of its host.
+    pub(crate) fn driven_with(&self, virt_type: VirtType, initiator: Arc<dyn Initiator>) -> Driven {
+        let (state, uri) = (self.root.path().join("state"), self.libvirtd.uri());
+        Driven::with(&state, &uri, virt_type, |agent| agent.with_initiator(initiator))
     }
 
     pub(crate) fn instance(generation: u64, fields: Value) -> Document {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 mod hardware;
+mod initiator;
 mod kill;
 mod lab;
 mod plug;

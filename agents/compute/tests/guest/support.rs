@@ -48,16 +48,27 @@ struct Shared {
 
 impl Driven {
     pub(crate) fn new(state: &Path, uri: &str) -> Self {
+        Self::with(state, uri, VirtType::Qemu, |agent| agent)
+    }
+
+    /// One whose guests run on that engine, and that was changed before it begins.
+    pub(crate) fn with(
+        state: &Path,
+        uri: &str,
+        virt_type: VirtType,
+        change: impl FnOnce(ComputeAgent<Libvirt>) -> ComputeAgent<Libvirt>,
+    ) -> Self {
         let section = ComputeSection {
             libvirt_uri: uri.to_owned(),
-            virt_type: VirtType::Qemu,
+            virt_type,
             shutdown_timeout_seconds: 2,
             image_cache_hours: 0,
             ..ComputeSection::default()
         };
         let wake = Wake::new();
         let libvirt = Libvirt::new(uri, Arc::new(|_| {})).unwrap();
-        let agent = Arc::new(ComputeAgent::new("here", state, &section, libvirt, wake));
+        let agent = change(ComputeAgent::new("here", state, &section, libvirt, wake));
+        let agent = Arc::new(agent);
         let shared = Arc::new(Mutex::new(Shared::default()));
         let task = tokio::spawn({
             let (agent, shared) = (Arc::clone(&agent), Arc::clone(&shared));

@@ -17,12 +17,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stackhand_attach as attach;
 use stackhand_bus::local::LocalTransport;
 use stackhand_model::{
     AgentKind, Connection, Document, IscsiClient, Kind, Secret, SnapshotId, State, VolumeId,
 };
 use stackhand_runtime::client::AgentClient;
-use stackhand_storage::attach;
 use stackhand_storage::backend::lvm::{Allocation, LvmBackend, Options};
 use stackhand_storage::backend::{Backend, BackendError, Item, Presence, Progress, Usage};
 use stackhand_storage::export::lio::{self, Lio};

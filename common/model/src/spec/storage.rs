@@ -204,7 +204,8 @@ impl AttachmentSpec {
 }
 
 /// Whether the text can name an initiator or a target: it becomes part of paths and commands.
-fn is_iscsi_name(text: &str) -> bool {
+#[must_use]
+pub fn is_iscsi_name(text: &str) -> bool {
     let known = ["iqn.", "eui.", "naa."].iter().any(|prefix| text.starts_with(prefix));
     let plain =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-:".contains(&byte);

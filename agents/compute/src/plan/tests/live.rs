@@ -1,5 +1,7 @@
 //! Guests that run while their documents change, and what is kept across a crash.
 
+use stackhand_model::VolumeId;
+
 use super::*;
 use crate::hypervisor::DomainChange;
 
@@ -245,4 +247,55 @@ proptest! {
             prop_assert!(!targets.contains("vda"));
         }
     }
+}
+
+fn by_iscsi(id: u128) -> Value {
+    let connection = json!({
+        "type": "iscsi", "portal": "192.0.2.1:3260", "iqn": format!("iqn.x:volume-{id}"), "lun": 0,
+        "client": "host", "username": "user", "password": "secretsecret",
+    });
+    json!({"volume": Uuid::from_u128(id), "connection": connection})
+}
+
+#[test]
+fn this_host_takes_a_volume_in_before_its_guest_gets_it_and_lets_go_of_it_after() {
+    let mut world = world();
+    let id = VolumeId(Uuid::from_u128(7));
+    world.want(instance(1, 2, &json!({"volumes": [by_iscsi(7)]})), false);
+    // The fake asserts that nothing is taken away from under a guest.
+    assert!(is_active(&world.settle()));
+    assert_eq!(targets(&world), ["vdb"]);
+    let record = world.situation.store.folders[&InstanceId(GUEST)].record.clone().unwrap();
+    let kept = format!("{:?}", record.attached[&id]);
+    assert!(kept.contains("volume-7") && kept.contains("password: None"), "{kept}");
+    assert!(!format!("{:?}", world.host.domains[&GUEST]).contains("/dev/sd"));
+
+    // A device that says it is another one is nobody's.
+    world.situation.attached.insert(id, Err("it says that it is another volume".into()));
+    world.host.change(InstanceId(GUEST), &DomainChange::Destroy).unwrap();
+    let plan = world.pass();
+    let Outcome::Pending { reason, .. } = &plan.outcomes[&only(1)] else { panic!("{plan:?}") };
+    assert!(reason.contains("another volume"), "{reason}");
+    world.situation.attached.insert(id, Ok(true));
+    assert!(is_active(&world.settle()));
+
+    world.want(instance(1, 3, &json!({"volumes": []})), false);
+    assert!(is_active(&world.settle()));
+    assert!(world.situation.attached.is_empty());
+    assert!(
+        world.situation.store.folders[&InstanceId(GUEST)]
+            .record
+            .clone()
+            .unwrap()
+            .attached
+            .is_empty()
+    );
+
+    // So does a deletion, also one that was cut off once the domain was gone.
+    world.want(instance(1, 4, &json!({"volumes": [by_iscsi(7)]})), false);
+    assert!(is_active(&world.settle()));
+    world.host.domains.clear();
+    world.want(instance(1, 4, &json!({"volumes": [by_iscsi(7)]})), true);
+    world.settle();
+    assert!(world.situation.attached.is_empty());
 }
