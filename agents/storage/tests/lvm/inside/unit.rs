@@ -1,6 +1,8 @@
 //! The program under its real unit and the drop-in for block devices.
 
+use stackhand_attach::helper::{Question, ask};
 use stackhand_runtime::api::Entry;
+use stackhand_testkit::bin;
 
 use super::*;
 
@@ -9,7 +11,8 @@ const INSTALL: &str = r#"
 set -e
 cd "$1"
 install -m 755 "$2" /usr/bin/storage-agent
-install -m 644 systemd/storage-agent.service systemd/*.target /usr/lib/systemd/system
+install -m 755 "$3" /usr/bin/compute-agent
+install -m 644 systemd/storage-agent.service systemd/compute-initiator* systemd/*.target /usr/lib/systemd/system
 install -m 644 systemd/sysusers.d/* /usr/lib/sysusers.d
 install -m 644 systemd/tmpfiles.d/* /usr/lib/tmpfiles.d
 install -D -m 644 systemd/drop-ins/storage-block.conf /etc/systemd/system/storage-agent.service.d/block.conf
@@ -30,6 +33,7 @@ END
 systemd-sysusers stackhand.conf
 systemd-tmpfiles --create stackhand.conf
 systemctl daemon-reload
+systemctl start compute-initiator.socket
 systemctl start storage-agent || { journalctl --no-pager -u storage-agent; exit 1; }
 "#;
 
@@ -38,7 +42,9 @@ systemctl start storage-agent || { journalctl --no-pager -u storage-agent; exit 
 fn drop_in() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let top = top.canonicalize().unwrap().display().to_string();
-    must("bash", &["-c", INSTALL, "install", &top, env!("CARGO_BIN_EXE_storage-agent")]);
+    let compute = bin(AgentKind::Compute.binary()).display().to_string();
+    let agents = [env!("CARGO_BIN_EXE_storage-agent"), &compute];
+    must("bash", &["-c", INSTALL, "install", &top, agents[0], agents[1]]);
     let pid = must("systemctl", &["show", "--property", "MainPID", "--value", "storage-agent"]);
     let status = fs::read_to_string(format!("/proc/{}/status", pid.trim())).unwrap();
     let uids = status.lines().find(|line| line.starts_with("Uid:")).unwrap();
@@ -93,6 +99,21 @@ fn drop_in() {
         assert_eq!(by_command("rescan"), (2_u64 << 30).to_string());
         by_command("detach");
         println!("ok: made, exported, logged in to, grown");
+        // By the helper of compute-agent, and nobody else may ask it.
+        let socket = Path::new("/run/stackhand/initiator.sock");
+        let mode = must("stat", &["-c", "%a %G", socket.to_str().unwrap()]);
+        assert_eq!(mode.trim(), "660 stackhand-compute");
+        let connection: Connection = serde_json::from_value(told).unwrap();
+        let volume = VolumeId(Uuid::from_u128(1));
+        assert_eq!(ask(socket, &Question::Name).await.unwrap(), ME);
+        let attach = Question::Attach { volume, connection: connection.clone() };
+        let device = ask(socket, &attach).await.unwrap();
+        assert_eq!(filled(Path::new(&device), 8), Some(3));
+        assert!(attach::is_attached(&connection, volume).unwrap());
+        let rescan = Question::Rescan { volume, connection: connection.clone() };
+        assert_eq!(ask(socket, &rescan).await.unwrap(), (2_u64 << 30).to_string());
+        ask(socket, &Question::Detach { volume, connection }).await.unwrap();
+        println!("ok: the helper attaches and detaches under its unit");
         let all: Vec<_> = wanted.iter().map(Document::object).collect();
         client().delete(&all).await.unwrap();
         wait_for(Duration::from_secs(120), "all to be gone and wiped", async || {
