@@ -194,6 +194,9 @@ pub async fn detach(connection: &Connection, volume: VolumeId) -> Result<(), Att
             )));
         }
         login.iscsiadm("log out of", &["--logout"], NOTHING_FOUND).await?;
+        // The kernel ends it behind iscsiadm's back, which then would not forget its record.
+        within("the session to end", || Ok(sysfs.session(login.target)?.is_none().then_some(())))
+            .await?;
     }
     login.iscsiadm("forget", &["-o", "delete"], NOTHING_FOUND).await
 }
