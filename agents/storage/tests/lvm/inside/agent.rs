@@ -14,7 +14,7 @@ impl Agent {
         fs::create_dir_all("/var/tmp/lab/etc").unwrap();
         let settings = format!(
             "host = \"here\"\nstate_dir = \"/var/tmp/lab/agent\"\nrun_dir = \"/var/tmp/lab/run\"\n\
-             [reconcile]\nresync_seconds = 5\n\
+             [reconcile]\nresync_seconds = 5\nretry_max_seconds = 5\n\
              [storage]\ndefault_backend = \"thin\"\n\
              [storage.export]\ntype = \"lio\"\nportals = {portals:?}\n\
              [storage.backends.thin]\ntype = \"lvm-thin\"\nvolume_group = \"cinder-volumes\"\n\
