@@ -18,7 +18,7 @@ impl Agent {
              [storage]\ndefault_backend = \"thin\"\n\
              [storage.export]\ntype = \"lio\"\nportals = {portals:?}\n\
              [storage.backends.thin]\ntype = \"lvm-thin\"\nvolume_group = \"cinder-volumes\"\n\
-             overcommit_percent = {overcommit_percent}\nwarn_percent = 8\nstop_percent = 12\n\
+             overcommit_percent = {overcommit_percent}\nwarn_percent = 14\nstop_percent = 16\n\
              [storage.backends.thick]\ntype = \"lvm\"\nvolume_group = \"cinder-volumes\"\n"
         );
         fs::write("/var/tmp/lab/etc/stackhand.toml", settings).unwrap();
