@@ -217,7 +217,7 @@ pub(super) async fn call(
             }
             shared.counts.resent.add();
         }
-        let sending = hand_over(shared, &session, target, &body, deadline, handed_over);
+        let sending = hand_over(shared, &session, target, &body, deadline, handed_over, silence);
         let sent = tokio::select! {
             biased;
             answer = &mut waiting.answer => return answered(answer),
@@ -274,7 +274,9 @@ fn answered(
 }
 
 /// Publishes a call until a queue has it. A target without queues is tried again for a while:
-/// after a broker's restart its servers need a moment to declare them.
+/// after a broker's restart its servers need a moment to declare them. One that the broker does not
+/// confirm within the `silence` is published anew: a quorum queue that lost its leader may have
+/// lost it, too, and says nothing.
 async fn hand_over(
     shared: &Shared,
     session: &Session,
@@ -282,10 +284,11 @@ async fn hand_over(
     body: &[u8],
     deadline: Instant,
     again: bool,
+    mut silence: Option<Duration>,
 ) -> Result<(), SendError> {
     let (exchange, key) = topology::address(target, &shared.options);
     let patience = Instant::now() + seconds(shared.options.undeliverable_grace_seconds);
-    let patience = if again { deadline } else { patience };
+    let mut patience = if again { deadline } else { patience };
     loop {
         session.declare_exchange(&exchange).await?;
         let message = Outgoing {
@@ -295,7 +298,21 @@ async fn hand_over(
             expiration: Some(deadline.saturating_duration_since(Instant::now())),
             mandatory: true,
         };
-        match session.publish(&message).await {
+        let sending = session.publish(&message);
+        let sent = match silence {
+            None => sending.await,
+            Some(limit) => match tokio::time::timeout(limit, sending).await {
+                Ok(sent) => sent,
+                Err(_unconfirmed) => {
+                    silence = Some(limit * 2);
+                    // It may be in a queue after all.
+                    patience = deadline;
+                    shared.counts.resent.add();
+                    continue;
+                }
+            },
+        };
+        match sent {
             Err(SendError::Unroutable | SendError::NoExchange) if Instant::now() < patience => {
                 tokio::time::sleep(NO_QUEUE_PAUSE).await;
             }
