@@ -199,13 +199,16 @@ impl Bench {
 /// The domain as the agent defines it, with a name, an id and a disk of its own.
 fn floor(xml: &str, disk: &Path, root: &Path) -> anyhow::Result<String> {
     let instances = root.join("state/instances");
+    const ID: &str = "f1000000-0000-4000-8000-000000000001";
     let mut out = String::new();
     for line in xml.lines() {
         let trimmed = line.trim_start();
         if trimmed.starts_with("<name>") {
             out.push_str("<name>floor</name>");
         } else if trimmed.starts_with("<uuid>") {
-            out.push_str("<uuid>f1000000-0000-4000-8000-000000000001</uuid>");
+            out.push_str(&format!("<uuid>{ID}</uuid>"));
+        } else if trimmed.starts_with("<entry name='uuid'>") {
+            out.push_str(&format!("<entry name='uuid'>{ID}</entry>"));
         } else if trimmed.starts_with("<source file=")
             && line.contains(&*instances.to_string_lossy())
         {
