@@ -295,7 +295,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Tells why KVM is of no use; [`HypervisorError::Away`] if that cannot be known now.
     fn probe_kvm(&self, folder: &Path) -> impl Future<Output = Result<(), HypervisorError>> + Send;
 
-    /// What running domains of ours have used, all in one question.
+    /// What domains of ours that are on have used, all in one question.
     ///
     /// # Errors
     ///

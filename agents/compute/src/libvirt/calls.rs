@@ -79,15 +79,16 @@ pub(super) fn job(domain: &Domain, ended: bool) -> Result<sys::virDomainJobType,
     Ok(u32::try_from(kind).unwrap_or_default())
 }
 
-/// Numbers of all running domains of ours, by their names. Whose a domain is, its name says: it is
+/// Numbers of all domains of ours that are on, by their names. Whose a domain is, its name says: it is
 /// the one that we give to its UUID.
 pub(super) fn stats(connect: &Connect) -> Result<BTreeMap<Uuid, BTreeMap<String, u64>>, Error> {
     let kinds = sys::VIR_DOMAIN_STATS_CPU_TOTAL
         | sys::VIR_DOMAIN_STATS_BALLOON
         | sys::VIR_DOMAIN_STATS_INTERFACE
         | sys::VIR_DOMAIN_STATS_BLOCK;
-    // A domain that is busy tells what it can without waiting.
-    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
+    // Those that stand still hold memory and disks, too. One that is busy tells what it can without
+    // waiting.
+    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
         | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
     let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
     // SAFETY: the connection is open; libvirt allocates the list, which ends with a null.
