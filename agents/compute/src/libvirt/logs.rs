@@ -4,6 +4,7 @@
 //! a volume of a storage pool, which is there for as long as the reading takes.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use virt::connect::Connect;
 use virt::error::Error;
@@ -13,6 +14,9 @@ use virt::stream::Stream;
 
 use crate::store::begin;
 
+/// libvirt lets a folder be in one pool alone, so that readers take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Reads at most `most` bytes of the file `name` in `folder`; gives where they start, too.
 pub(super) fn read(
     connect: &Connect,
@@ -21,6 +25,7 @@ pub(super) fn read(
     start: Option<u64>,
     most: u64,
 ) -> Result<(u64, Vec<u8>), Error> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let pool = Pool::open(connect, folder)?;
     let volume = StorageVol::lookup_by_name(&pool.0, name)?;
     let length = volume.get_info()?.capacity;

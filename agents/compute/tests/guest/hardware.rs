@@ -211,6 +211,12 @@ mod lab {
             let hypervisor = driven.agent.hypervisor();
             let (start, part) = hypervisor.read_log(&log, Some(5), 20).await.unwrap();
             assert_eq!((start, &part[..]), (5, &all[5..25]));
+            let (one, other) = tokio::join!(
+                hypervisor.read_log(&log, Some(0), 10),
+                hypervisor.read_log(&log, Some(5), 10),
+            );
+            let (one, other) = (one.unwrap().1, other.unwrap().1);
+            assert_eq!((&one[..], &other[..]), (&all[..10], &all[5..15]), "two readers at once");
             let (start, part) = hypervisor.read_log(&log, None, 64 << 10).await.unwrap();
             assert!(start == 0 && part.starts_with(&all), "{start}");
             assert_eq!(scene.libvirtd.virsh(["pool-list", "--all", "--name"]).trim(), "");
