@@ -330,6 +330,10 @@ impl<H: Hypervisor> ComputeAgent<H> {
                 let copy = self.store.copy(id);
                 crate::blocking(move || stackhand_image::files::remove(&copy)).await.map_err(chain)
             }
+            (Step::BeginLog, Some(id)) => {
+                let store = self.store.clone();
+                crate::blocking(move || store.begin_console(id)).await.map_err(chain)
+            }
             (Step::Initiator(question), Some(id)) => {
                 self.initiator.ask(question).await?;
                 // What came is used, and what went is seen, by the next look.
@@ -342,10 +346,6 @@ impl<H: Hypervisor> ComputeAgent<H> {
                     DomainChange::Detach { alias, .. } => Some(alias.clone()),
                     _ => None,
                 };
-                if let DomainChange::Start { .. } = change {
-                    let store = self.store.clone();
-                    crate::blocking(move || store.begin_console(id)).await.map_err(chain)?;
-                }
                 let attaches = matches!(change, DomainChange::Attach { .. });
                 let done = self.hypervisor.perform(id, change).await;
                 if attaches {

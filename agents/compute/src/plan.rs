@@ -75,6 +75,8 @@ pub enum Step {
     RemovePart(Part),
     /// Ends a snapshot that a crash left half done.
     EndSnapshot,
+    /// Begins the console log anew, for a guest that is about to start.
+    BeginLog,
     /// Changes the domain.
     Domain(DomainChange),
     /// Has this host's initiator take a volume in, or let go of it.
@@ -101,6 +103,7 @@ impl fmt::Display for Step {
             Self::WriteConfigDrive => write!(f, "write the config drive"),
             Self::RemovePart(part) => write!(f, "remove the {}", part.name()),
             Self::EndSnapshot => write!(f, "end the snapshot that was under way"),
+            Self::BeginLog => write!(f, "begin the console log"),
             Self::Domain(change) => write!(f, "{change}"),
             Self::Initiator(question) => f.write_str(&initiator::words(question)),
             Self::RemoveFiles(id) => write!(f, "remove the files of instance {id}"),

@@ -309,6 +309,9 @@ fn make(
             Some(true) => Some(DomainChange::Destroy),
         },
     };
+    if let Some(DomainChange::Start { .. }) = change {
+        steps.push(Step::BeginLog);
+    }
     steps.extend(change.map(Step::Domain));
     // What is true once all that is done, and not before.
     let mut after = Record { rebuild: false, sizes, ..record.clone() };

@@ -116,7 +116,7 @@ impl World {
             Step::RemovePart(part) => {
                 self.situation.store.folders.get_mut(&id).unwrap().parts.remove(&part);
             }
-            Step::EndSnapshot => {}
+            Step::EndSnapshot | Step::BeginLog => {}
             Step::Initiator(Question::Attach { volume, .. }) => {
                 self.situation.attached.insert(volume, Ok(true));
             }
