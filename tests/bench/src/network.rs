@@ -57,6 +57,21 @@ impl Host {
         Spawned::start(bin(AgentKind::Network.binary()), [Path::new("--config-dir"), &etc])
     }
 
+    /// Kills the agent and starts another. Gives it, the seconds until it was in sync and had nothing
+    /// left to do, and how often it wrote to the kernel.
+    pub(crate) async fn restart(&self, mut agent: Spawned) -> anyhow::Result<(Spawned, f64, f64)> {
+        agent.kill();
+        let begun = Instant::now();
+        let agent = self.start();
+        self.ready().await?;
+        // Answered after the first pass, and looks by itself.
+        let left = self.client().plan(&[], &[]).await?;
+        let took = begun.elapsed().as_secs_f64();
+        ensure!(left.steps.is_empty(), "the restarted agent would do {} things", left.steps.len());
+        let writes = self.client().facts().await?["writes"].as_f64().unwrap_or(f64::NAN);
+        Ok((agent, took, writes))
+    }
+
     pub(crate) fn client(&self) -> AgentClient {
         let transport = LocalTransport::connect(self.folder.path().join("run/network.sock"));
         let client = AgentClient::new(Arc::new(transport), AgentKind::Network, "one");

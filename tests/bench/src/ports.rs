@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -40,7 +39,7 @@ async fn ports() -> anyhow::Result<Vec<Row>> {
         )?);
     }
     let host = Host::new()?;
-    let mut agent = host.start();
+    let agent = host.start();
     host.ready().await?;
     let begun = Instant::now();
     host.apply(&documents).await?;
@@ -71,16 +70,8 @@ async fn ports() -> anyhow::Result<Vec<Row>> {
     ));
 
     let rules = tool("nft", &["list", "ruleset"], "").await?;
-    agent.kill();
-    let begun = Instant::now();
-    agent = host.start();
-    host.ready().await?;
-    // Answered after the first pass, and looks by itself.
-    let left = host.client().plan(&[], &[]).await?;
-    let restart = begun.elapsed();
-    ensure!(left.steps.is_empty(), "the restarted agent would do {} things", left.steps.len());
-    let writes = host.client().facts().await?["writes"].as_f64().unwrap_or(f64::NAN);
-    rows.push(Row::at_most("1,000 ports: restart until in sync", restart.as_secs_f64(), "s", 2.0));
+    let (mut agent, restart, writes) = host.restart(agent).await?;
+    rows.push(Row::at_most("1,000 ports: restart until in sync", restart, "s", 2.0));
     rows.push(Row::at_most("1,000 ports: writes of a restart", writes, "", 0.0));
     agent.kill();
 

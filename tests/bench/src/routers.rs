@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use serde_json::{Value, json};
 use stackhand_model::Document;
 use uuid::Uuid;
@@ -30,7 +29,7 @@ async fn routers() -> anyhow::Result<Vec<Row>> {
     tool("ip", &["link", "add", "eth1", "type", "veth", "peer", "name", "wire"], "").await?;
     let documents = documents()?;
     let host = Host::new()?;
-    let mut agent = host.start();
+    let agent = host.start();
     host.ready().await?;
     let begun = Instant::now();
     host.apply(&documents).await?;
@@ -63,15 +62,7 @@ async fn routers() -> anyhow::Result<Vec<Row>> {
 
     let space = format!("qrouter-{}", id(7, 0));
     let rules = tool("ip", &["netns", "exec", &space, "nft", "list", "ruleset"], "").await?;
-    agent.kill();
-    let begun = Instant::now();
-    agent = host.start();
-    host.ready().await?;
-    // Answered after the first pass, and looks by itself.
-    let left = host.client().plan(&[], &[]).await?;
-    let restart = begun.elapsed().as_secs_f64();
-    ensure!(left.steps.is_empty(), "the restarted agent would do {} things", left.steps.len());
-    let writes = host.client().facts().await?["writes"].as_f64().unwrap_or(f64::NAN);
+    let (mut agent, restart, writes) = host.restart(agent).await?;
     rows.push(Row::at_most("200 routers: restart until in sync", restart, "s", 5.0));
     rows.push(Row::at_most("200 routers: writes of a restart", writes, "", 0.0));
     agent.kill();

@@ -79,7 +79,7 @@ async fn networks() -> anyhow::Result<Vec<Row>> {
     let documents = one_guest_each(NETWORKS)?;
     let host = Host::new()?;
     let begun = Instant::now();
-    let mut agent = host.start();
+    let agent = host.start();
     host.ready().await?;
     host.apply(&documents).await?;
     let ready = begun.elapsed().as_secs_f64();
@@ -89,13 +89,7 @@ async fn networks() -> anyhow::Result<Vec<Row>> {
         let key = if service == "metadata" { "sites" } else { "networks" };
         ensure!(facts[service][key] == json!(NETWORKS), "{service}: {}", facts[service]);
     }
-    agent.kill();
-    let begun = Instant::now();
-    agent = host.start();
-    host.ready().await?;
-    let left = host.client().plan(&[], &[]).await?;
-    let restart = begun.elapsed().as_secs_f64();
-    ensure!(left.steps.is_empty(), "the restarted agent would do {} things", left.steps.len());
+    let (mut agent, restart, _writes) = host.restart(agent).await?;
     agent.kill();
     Ok(vec![
         Row::at_most("1,000 networks with services: cold until ready", ready, "s", 10.0),
