@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::http::{StatusCode, Uri};
 use axum::response::IntoResponse;
 use ipnet::Ipv4Net;
@@ -148,7 +149,11 @@ pub fn http(bytes: &[u8]) {
         head_limit: Duration::from_secs(1),
         connection_limit: Duration::from_secs(5),
     };
-    let handler = |uri: Uri| async move {
+    let handler = |uri: Uri, body: Body| async move {
+        // As much as of a password.
+        if axum::body::to_bytes(body, 1020).await.is_err() {
+            return Ok(StatusCode::BAD_REQUEST.into_response());
+        }
         let guest = Guest {
             id: InstanceId(PORT.0),
             name: "web",
@@ -165,7 +170,7 @@ pub fn http(bytes: &[u8]) {
         );
         Ok::<_, Infallible>(response)
     };
-    let router = Router::new().fallback(move |uri: Uri| async move { handler(uri).await });
+    let router = Router::new().fallback(handler);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime can be built").block_on(async {
         let (mut guest, server) = tokio::io::duplex(64 << 10);
