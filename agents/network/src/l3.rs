@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use stackhand_kernel::KernelError;
@@ -96,7 +97,7 @@ pub struct SeenRouter {
 }
 
 /// What the namespaces of routers have.
-pub type Seen = BTreeMap<String, SeenRouter>;
+pub type Seen = BTreeMap<String, Arc<SeenRouter>>;
 
 /// One change to a router.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,8 @@
 //!
 //! A socket that is held keeps a deleted namespace alive: drop sockets before [`Netns::delete`].
 
-use std::fs::{File, OpenOptions};
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -37,6 +38,12 @@ pub struct Netns {
 pub struct NetnsId {
     device: u64,
     inode: u64,
+}
+
+/// What a file in a folder of names stands for: a namespace is on a device of its own kind.
+fn identity(path: &Path, folder: &Metadata) -> Option<NetnsId> {
+    let file = std::fs::metadata(path).ok()?;
+    (file.dev() != folder.dev()).then(|| NetnsId { device: file.dev(), inode: file.ino() })
 }
 
 impl Netns {
@@ -87,6 +94,21 @@ impl Netns {
         Ok(names)
     }
 
+    /// The namespaces of this host, by name, as [`Netns::id`] tells each.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the folder of names cannot be read. A missing folder means there are none.
+    pub fn ids() -> Result<BTreeMap<String, NetnsId>, KernelError> {
+        let names = Self::list()?;
+        let folder = std::fs::metadata(NETNS_DIR).ok();
+        let id = |name: String| {
+            let id = identity(&Path::new(NETNS_DIR).join(&name), folder.as_ref()?)?;
+            Some((name, id))
+        };
+        Ok(names.into_iter().filter_map(id).collect())
+    }
+
     /// The last part of its path.
     #[must_use]
     pub fn name(&self) -> String {
@@ -97,9 +119,7 @@ impl Netns {
     /// that a crash left.
     #[must_use]
     pub fn id(&self) -> Option<NetnsId> {
-        let file = std::fs::metadata(&self.path).ok()?;
-        let folder = std::fs::metadata(self.path.parent()?).ok()?;
-        (file.dev() != folder.dev()).then(|| NetnsId { device: file.dev(), inode: file.ino() })
+        identity(&self.path, &std::fs::metadata(self.path.parent()?).ok()?)
     }
 
     /// Creates it, with its loopback link down. Does nothing if it exists.

@@ -146,7 +146,7 @@ impl NetworkAgent {
             Some(task) => Check::new("in force", false, format!("to do: {}", task.deed)),
         });
         let nothing = SeenRouter::default();
-        let router = routers.get(&service.space).unwrap_or(&nothing);
+        let router = routers.get(&service.space).map_or(&nothing, AsRef::as_ref);
         let walk = walk(&service.space, &entered.link, asked.packet, &seen, router);
         passed.checks.extend(walk.checks);
         passed.packet = walk.packet;

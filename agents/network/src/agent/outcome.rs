@@ -37,7 +37,16 @@ pub(super) fn outcomes(
             _ => None,
         })
         .collect();
-    let host = Host { wish, seen, left, failed, undone, marked, unfiltered };
+    // Links that somebody put into bridges of ours.
+    let mut strangers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (at, link) in seen.links.iter().take_while(|(at, _)| at.space.is_none()) {
+        if let Some(bridge) = &link.bridge
+            && !wish.l2.links.contains_key(at)
+        {
+            strangers.entry(bridge).or_default().push(&at.link);
+        }
+    }
+    let host = Host { wish, seen, left, failed, undone, marked, strangers, unfiltered };
     let of = |object: &ObjectRef| {
         work.desired
             .objects
@@ -65,6 +74,8 @@ struct Host<'a> {
     failed: &'a BTreeMap<ObjectRef, String>,
     undone: BTreeMap<ObjectRef, String>,
     marked: BTreeSet<ObjectRef>,
+    /// Links that are in a bridge and not ours, by the bridge's name.
+    strangers: BTreeMap<&'a str, Vec<&'a str>>,
     /// Why the firewall is not as it should be.
     unfiltered: Option<&'a str>,
 }
@@ -224,19 +235,8 @@ impl Host<'_> {
             "uplinks": wired.uplinks,
             "mtu": wired.mtu,
         });
-        // Links that somebody put into our bridge: told, not touched.
-        let guests: Vec<&str> = self
-            .seen
-            .links
-            .iter()
-            .filter(|(at, link)| {
-                link.bridge.as_ref() == Some(&wired.bridge)
-                    && at.space.is_none()
-                    && !self.wish.l2.links.contains_key(at)
-            })
-            .map(|(at, _)| at.link.as_str())
-            .collect();
-        if !guests.is_empty() {
+        // Told, not touched.
+        if let Some(guests) = self.strangers.get(wired.bridge.as_str()) {
             facts["foreign_ports"] = json!(guests);
         }
         let space = names::dhcp_space(id);

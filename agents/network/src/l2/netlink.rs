@@ -237,16 +237,12 @@ impl NetlinkHost {
 
     /// What the namespaces that bear our names have.
     async fn insides(&self) -> Result<Insides, KernelError> {
-        let names: Vec<String> = Netns::list()?
-            .into_iter()
-            .filter(|name| names::object_of_space(name).is_some())
-            .collect();
-        lock(&self.spaces).retain(|name, _| names.binary_search(name).is_ok());
-        lock(&self.kept).retain(|name, _| names.binary_search(name).is_ok());
+        let mut spaces = Netns::ids()?;
+        spaces.retain(|name, _| names::object_of_space(name).is_some());
+        lock(&self.spaces).retain(|name, _| spaces.contains_key(name));
+        lock(&self.kept).retain(|name, _| spaces.contains_key(name));
         let mut insides = Insides::new();
-        for name in names {
-            // A file without a namespace behind it is what a crash left: as good as none.
-            let Some(id) = Netns::named(&name)?.id() else { continue };
+        for (name, id) in spaces {
             let inside = self.inside(&name, id).await?;
             insides.insert(name, inside);
         }

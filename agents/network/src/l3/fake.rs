@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stackhand_kernel::KernelError;
 
@@ -61,7 +61,7 @@ fn refused(errno: i32) -> KernelError {
 fn perform(seen: &mut Seen, change: &Change) -> Result<(), KernelError> {
     match change {
         Change::Build { space, replace, entries } => {
-            let router = seen.entry(space.clone()).or_default();
+            let router = Arc::make_mut(seen.entry(space.clone()).or_default());
             if (router.nat == SeenNat::Absent) == *replace {
                 return Err(refused(nix::libc::EEXIST));
             }
@@ -95,7 +95,7 @@ fn perform(seen: &mut Seen, change: &Change) -> Result<(), KernelError> {
 }
 
 fn router<'a>(seen: &'a mut Seen, space: &str) -> Result<&'a mut SeenRouter, KernelError> {
-    seen.get_mut(space).ok_or_else(|| refused(nix::libc::ENOENT))
+    seen.get_mut(space).map(Arc::make_mut).ok_or_else(|| refused(nix::libc::ENOENT))
 }
 
 fn entries<'a>(seen: &'a mut Seen, space: &str) -> Result<&'a mut BTreeSet<Entry>, KernelError> {

@@ -30,7 +30,7 @@ pub struct KernelRouters {
     sockets: Mutex<BTreeMap<String, (NetnsId, Netfilter)>>,
     rules: OnceCell<Structure>,
     /// What was seen of namespaces.
-    kept: Mutex<BTreeMap<String, Dated<(NetnsId, SeenRouter)>>>,
+    kept: Mutex<BTreeMap<String, Dated<(NetnsId, Arc<SeenRouter>)>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -72,23 +72,26 @@ impl KernelRouters {
 
     async fn look(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
         let mut seen = Seen::new();
-        for name in spaces {
-            let Some(id) = Netns::named(name)?.id() else { continue };
-            seen.insert(name.clone(), self.router(name, id).await?);
+        for (name, id) in Netns::ids()? {
+            if spaces.contains(&name) {
+                let router = self.router(&name, id).await?;
+                seen.insert(name, router);
+            }
         }
         Ok(seen)
     }
 
     /// What a router has: as seen before if nothing changed, or looked at.
-    async fn router(&self, space: &str, id: NetnsId) -> Result<SeenRouter, KernelError> {
+    async fn router(&self, space: &str, id: NetnsId) -> Result<Arc<SeenRouter>, KernelError> {
         let number = self.host.freshness().number(space);
         let kept = lock(&self.kept).get(space).and_then(|kept| kept.still(number));
         if let Some((_, router)) = kept.filter(|(known, _)| *known == id) {
             return Ok(router);
         }
-        let router = SeenRouter { routes: self.routes(space).await?, nat: self.nat(space).await? };
+        let (routes, nat) = (self.routes(space).await?, self.nat(space).await?);
+        let router = Arc::new(SeenRouter { routes, nat });
         if let Some(number) = number {
-            let kept = Dated::new(number, (id, router.clone()));
+            let kept = Dated::new(number, (id, Arc::clone(&router)));
             lock(&self.kept).insert(space.to_owned(), kept);
         }
         Ok(router)

@@ -28,7 +28,7 @@ pub fn plan<'a>(
     let nothing = SeenRouter::default();
     let mut steps = Vec::new();
     for (space, wanted) in wish {
-        let has = seen.get(space).unwrap_or(&nothing);
+        let has = seen.get(space).map_or(&nothing, AsRef::as_ref);
         translations(space, wanted, &has.nat, &mut steps);
         routes(space, wanted, has, &mut steps);
     }

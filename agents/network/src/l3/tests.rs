@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use proptest::collection::{btree_map, btree_set};
 use proptest::prelude::*;
@@ -94,7 +95,7 @@ fn any_seen() -> impl Strategy<Value = Seen> {
         let routes = wish[SPACE].routes.clone();
         let route = |(to, hops)| (to, SeenRoute { hops, ours });
         let routes = routes.into_iter().map(route).collect();
-        BTreeMap::from([(SPACE.to_owned(), SeenRouter { routes, nat })])
+        BTreeMap::from([(SPACE.to_owned(), Arc::new(SeenRouter { routes, nat }))])
     })
 }
 
@@ -225,7 +226,7 @@ fn routes_of_others_to_other_places_stay() {
         routes: BTreeMap::from([("10.99.0.0/16".parse().unwrap(), foreign)]),
         nat: SeenNat::Absent,
     };
-    seen.insert(SPACE.to_owned(), router);
+    seen.insert(SPACE.to_owned(), Arc::new(router));
     let none = BTreeSet::new();
     let steps = plan(&wish(&BTreeMap::new(), &none, false, &none_of()), &seen);
     assert!(matches!(steps.as_slice(), [step] if matches!(step.change, Change::Build { .. })));
