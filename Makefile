@@ -74,6 +74,13 @@ reference: ## Write docs/reference anew from the programs
 	$(stage) "agentctl" cargo build --locked --bin agentctl
 	$(stage) reference env STACKHAND_REFERENCE=write cargo nextest run --locked --package stackhand-tests --test reference
 
+.PHONY: two-nodes
+two-nodes: ## A cloud of two machines from packages, to their purge (23 minutes)
+	$(stage) setup scripts/setup build packages lab
+	$(stage) build cargo build --locked --workspace --bins
+	$(stage) packages scripts/packages --unoptimised
+	$(stage) two-nodes tests/lab/two-nodes target/packages-unoptimised
+
 .PHONY: packages
 packages: ## Build .deb and .rpm packages into target/packages
 	$(stage) setup scripts/setup build packages lab

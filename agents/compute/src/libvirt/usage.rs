@@ -20,10 +20,10 @@ use virt::sys;
 use super::calls;
 
 /// How long a count goes on asking.
-const SHARE: Duration = Duration::from_millis(100);
+const SHARE: Duration = Duration::from_millis(60);
 
 /// Domains asked in one call.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 const BY_KERNEL: u32 = sys::VIR_DOMAIN_STATS_CPU_TOTAL | sys::VIR_DOMAIN_STATS_INTERFACE;
 const BY_QEMU: u32 = sys::VIR_DOMAIN_STATS_BALLOON | sys::VIR_DOMAIN_STATS_BLOCK;
