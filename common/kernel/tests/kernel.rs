@@ -142,6 +142,9 @@ fn a_pair_reaches_into_a_namespace_made_and_deleted_by_name() {
         space.create().await.unwrap();
         assert_eq!(space.id(), Some(id), "creating twice changes nothing");
         assert_eq!(Netns::list().unwrap(), ["qdhcp-test"]);
+        let ids = Netns::ids().unwrap();
+        assert_eq!(ids.keys().collect::<Vec<_>>(), ["qdhcp-test"]);
+        assert_eq!(ids.get("qdhcp-test").copied(), Netns::named("qdhcp-test").unwrap().id());
 
         let host = links();
         let peer = Peer { name: "ns-a".into(), mac: Some(MAC), mtu: Some(1400), group: 77 };

@@ -91,3 +91,19 @@ impl Turns {
 fn is_whole(said: &Numbers) -> bool {
     said.get("block.count") == Some(&0) || said.keys().any(|name| name.ends_with(".rd.bytes"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_domain_that_only_names_its_disks_does_not_take_the_place_of_what_it_said_before() {
+        let said = |numbers: &[(&str, u64)]| {
+            is_whole(&numbers.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect())
+        };
+        assert!(said(&[("block.count", 1), ("block.0.rd.bytes", 7)]));
+        assert!(said(&[("block.count", 0)]));
+        assert!(!said(&[("block.count", 1)]));
+        assert!(!said(&[]));
+    }
+}

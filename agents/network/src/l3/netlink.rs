@@ -23,6 +23,9 @@ use crate::l2::netlink::NetlinkHost;
 /// Under which number we set routes: one that no routing daemon uses.
 const PROTOCOL: u8 = 83;
 
+/// What was seen of a namespace, and which one that was.
+type Kept = Dated<(NetnsId, Arc<SeenRouter>)>;
+
 /// This host's routers.
 #[derive(Debug)]
 pub struct KernelRouters {
@@ -30,7 +33,7 @@ pub struct KernelRouters {
     sockets: Mutex<BTreeMap<String, (NetnsId, Netfilter)>>,
     rules: OnceCell<Structure>,
     /// What was seen of namespaces.
-    kept: Mutex<BTreeMap<String, Dated<(NetnsId, Arc<SeenRouter>)>>>,
+    kept: Mutex<BTreeMap<String, Kept>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
