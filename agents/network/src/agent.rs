@@ -336,14 +336,15 @@ impl NetworkAgent {
         let find = |at: &At| {
             // A loopback link has no address to speak of.
             let mac = seen.links.get(at)?.mac.unwrap_or(MacAddr([0; 6]));
-            Some((self.host.known_index(at)?, mac))
+            let space = self.host.known_space(at.space.as_deref()?)?;
+            Some((space, self.host.known_index(at)?, mac))
         };
         let mut services = self.services.lock().await;
         for (object, reason) in services.serve(&wish.services, find).await {
             troubled.entry(object).or_insert(reason);
         }
-        let names = wish.l2.spaces.keys().map(String::as_str).collect();
-        self.watcher.follow(&names).await;
+        let known = |name: &String| Some((name.clone(), self.host.known_space(name)?));
+        self.watcher.follow(&wish.l2.spaces.keys().filter_map(known).collect()).await;
         let bridges = wish.l2.neighbours.keys();
         let bridges = bridges.filter_map(|name| self.host.known_index(&At::host(name.clone())));
         self.watcher.mind_neighbours(bridges.collect());

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use stackhand_kernel::Chain;
+use stackhand_kernel::{Chain, NetnsId};
 use stackhand_model::{MacAddr, ObjectRef};
 use stackhand_runtime::metrics::Reading;
 
@@ -112,13 +112,13 @@ impl Services {
         self.ra.retain(|at| wanted.get(at).is_some_and(|site| site.ra.is_some()));
     }
 
-    /// Hands servers their tables and starts those that do not run. `find` tells number and
-    /// Ethernet address of a link; what has none yet is left for a later pass. Returns what could
-    /// not be served, by object.
+    /// Hands servers their tables and starts those that do not run. `find` tells the namespace of a link, its
+    /// number and its Ethernet address; what has none yet is left for a later pass. Returns what
+    /// could not be served, by object.
     pub async fn serve(
         &mut self,
         wanted: &BTreeMap<At, Site>,
-        find: impl Fn(&At) -> Option<(u32, MacAddr)>,
+        find: impl Fn(&At) -> Option<(NetnsId, u32, MacAddr)>,
     ) -> BTreeMap<ObjectRef, String> {
         let mut troubled = BTreeMap::new();
         for (at, site) in wanted {

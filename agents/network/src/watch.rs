@@ -125,28 +125,27 @@ impl Watcher {
     }
 
     /// Listens to these namespaces and no others.
-    pub(crate) async fn follow(&self, names: &BTreeSet<&str>) {
-        self.leave(|name| !names.contains(name));
-        for name in names {
-            let Ok(space) = Netns::named(name) else { continue };
-            let Some(id) = space.id() else { continue };
-            let known = self.lock().get(*name).map(|(known, _)| *known);
+    pub(crate) async fn follow(&self, spaces: &BTreeMap<String, NetnsId>) {
+        self.leave(|name| !spaces.contains_key(name));
+        for (name, &id) in spaces {
+            let known = self.lock().get(name).map(|(known, _)| *known);
             if known == Some(id) {
                 continue;
             }
+            let Ok(space) = Netns::named(name) else { continue };
             let open = || Ok::<_, KernelError>((Monitor::open()?, NftMonitor::open()?));
             let open = move || open().map_err(std::io::Error::other);
             match space.inside("listen", open).await {
                 Ok((monitor, rules)) => {
                     self.freshness.listening(name);
-                    let (freshness, space) = (Arc::clone(&self.freshness), (*name).to_owned());
+                    let (freshness, space) = (Arc::clone(&self.freshness), name.clone());
                     let place = Place { freshness, space };
                     let links = listen(monitor, Arc::clone(&self.signal), Some(place.clone()));
                     let rules = listen_to_rules(rules, Arc::clone(&self.signal), place);
                     let task = tokio::spawn(async {
                         let ((), ()) = tokio::join!(links, rules);
                     });
-                    if let Some((_, old)) = self.lock().insert((*name).to_owned(), (id, task)) {
+                    if let Some((_, old)) = self.lock().insert(name.clone(), (id, task)) {
                         old.abort();
                     }
                 }

@@ -102,6 +102,13 @@ impl NetlinkHost {
         lock(&self.indices).get(at).copied()
     }
 
+    /// Which namespace a name stood for in the last look; `None` if for none.
+    #[must_use]
+    pub fn known_space(&self, name: &str) -> Option<NetnsId> {
+        let whole = lock(&self.whole);
+        whole.as_ref().and_then(|(insides, _)| insides.get(name)).map(|inside| inside.id)
+    }
+
     /// Route netlink of a namespace.
     ///
     /// # Errors

@@ -75,11 +75,10 @@ impl KernelRouters {
 
     async fn look(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
         let mut seen = Seen::new();
-        for (name, id) in Netns::ids()? {
-            if spaces.contains(&name) {
-                let router = self.router(&name, id).await?;
-                seen.insert(name, router);
-            }
+        for name in spaces {
+            // As of the host's last look, from which the links' numbers are, too.
+            let Some(id) = self.host.known_space(name) else { continue };
+            seen.insert(name.clone(), self.router(name, id).await?);
         }
         Ok(seen)
     }

@@ -118,16 +118,10 @@ impl<S: Service> Fleet<S> {
     pub(super) async fn serve(
         &mut self,
         at: &At,
-        (index, mac): (u32, MacAddr),
+        (id, index, mac): (NetnsId, u32, MacAddr),
         table: Option<&Arc<S::Table>>,
     ) -> Result<(), KernelError> {
         let (Some(table), Some(name)) = (table, &at.space) else { return Ok(()) };
-        let space = Netns::named(name)?;
-        let id = space.id().ok_or_else(|| KernelError::Namespace {
-            action: S::ACTION,
-            namespace: name.clone(),
-            source: io::ErrorKind::NotFound.into(),
-        })?;
         let place = Place { at: at.clone(), space: id, index, mac };
         let binding = S::binding(table);
         if let Some(server) = self.running.get(at)
@@ -144,6 +138,7 @@ impl<S: Service> Fleet<S> {
             });
             return Ok(());
         }
+        let space = Netns::named(name)?;
         let replaced = self.running.remove(at).is_some();
         let mut patience = if replaced { PATIENCE } else { 0 };
         let sockets = loop {

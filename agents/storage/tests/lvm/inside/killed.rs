@@ -120,9 +120,9 @@ fn agent() {
         life(&mut agent, "thin", 1).await;
         life(&mut agent, "thick", 2).await;
         fs::remove_file(FAULT).unwrap();
-        if !agent.process.as_mut().unwrap().is_running() {
-            agent.start();
-        }
+        // What the last change was to kill may not have been killed yet.
+        agent.process.take().unwrap().kill();
+        agent.start();
 
         // Logged in and written to while the agent is killed and started.
         let client = Agent::client();
