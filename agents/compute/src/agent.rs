@@ -568,7 +568,7 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
                 Err(reason) => json!({"client": "host", "reason": reason}),
             },
         };
-        facts["usage"] = match self.hypervisor.usage(None).await {
+        facts["usage"] = match self.hypervisor.usage().await {
             Ok(usage) => json!(usage),
             Err(_) => json!({}),
         };

@@ -295,16 +295,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Tells why KVM is of no use; [`HypervisorError::Away`] if that cannot be known now.
     fn probe_kvm(&self, folder: &Path) -> impl Future<Output = Result<(), HypervisorError>> + Send;
 
-    /// What domains of ours that are on have used. Where there are many, what is said of disks and
-    /// memory may be some counts old, except of the one that is looked at `closely`.
+    /// What domains of ours that are on have used, all in one question.
     ///
     /// # Errors
     ///
     /// Fails if the hypervisor is away.
-    fn usage(
-        &self,
-        closely: Option<InstanceId>,
-    ) -> impl Future<Output = Result<BTreeMap<Uuid, Usage>, HypervisorError>> + Send;
+    fn usage(&self) -> impl Future<Output = Result<BTreeMap<Uuid, Usage>, HypervisorError>> + Send;
 
     /// The XML of a domain as it runs, or as it will.
     ///

@@ -12,7 +12,6 @@ mod host;
 mod logs;
 mod perform;
 mod probe;
-mod usage;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -64,7 +63,6 @@ struct Shared {
     notice: Notice,
     link: Mutex<Link>,
     turns: Semaphore,
-    counted: usage::Turns,
 }
 
 impl std::fmt::Debug for Shared {
@@ -113,7 +111,6 @@ impl Libvirt {
             notice,
             link: Mutex::default(),
             turns: Semaphore::new(CALLS_AT_ONCE),
-            counted: usage::Turns::default(),
         });
         tokio::spawn(watch(Arc::downgrade(&shared)));
         Ok(Self { shared })
@@ -271,13 +268,9 @@ impl Hypervisor for Libvirt {
         probe::kvm(self, folder).await
     }
 
-    async fn usage(
-        &self,
-        closely: Option<InstanceId>,
-    ) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
-        let shared = Arc::clone(&self.shared);
-        self.call("count what domains use".into(), move |connect| {
-            let all = shared.counted.count(connect, closely)?;
+    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+        self.call("count what domains use".into(), |connect| {
+            let all = calls::stats(connect)?;
             Ok(all.into_iter().map(|(uuid, numbers)| (uuid, host::usage(&numbers))).collect())
         })
         .await

@@ -53,7 +53,7 @@ async fn count(libvirt: Libvirt, board: UsageBoard, section: ComputeSection, eve
     loop {
         tokio::time::sleep(every).await;
         // While libvirt is away, the last count stands; that it is away is told elsewhere.
-        let Ok(usage) = libvirt.usage(None).await else { continue };
+        let Ok(usage) = libvirt.usage().await else { continue };
         if !telling.is_zero() && told.elapsed() >= telling {
             told = Instant::now();
             for (&id, usage) in &usage {

@@ -343,8 +343,8 @@ impl NetworkAgent {
         for (object, reason) in services.serve(&wish.services, find).await {
             troubled.entry(object).or_insert(reason);
         }
-        let known = |name: &String| Some((name.clone(), self.host.known_space(name)?));
-        self.watcher.follow(&wish.l2.spaces.keys().filter_map(known).collect()).await;
+        let names = wish.l2.spaces.keys().map(String::as_str).collect();
+        self.watcher.follow(&names, |name| self.host.known_space(name)).await;
         let bridges = wish.l2.neighbours.keys();
         let bridges = bridges.filter_map(|name| self.host.known_index(&At::host(name.clone())));
         self.watcher.mind_neighbours(bridges.collect());

@@ -124,11 +124,17 @@ impl Watcher {
         *self.signal.answering.lock().unwrap_or_else(PoisonError::into_inner) = links;
     }
 
-    /// Listens to these namespaces and no others.
-    pub(crate) async fn follow(&self, spaces: &BTreeMap<String, NetnsId>) {
-        self.leave(|name| !spaces.contains_key(name));
-        for (name, &id) in spaces {
-            let known = self.lock().get(name).map(|(known, _)| *known);
+    /// Listens to these namespaces and no others. `id` tells which one a name stands for; one of
+    /// which that is not known is left as it is.
+    pub(crate) async fn follow(
+        &self,
+        names: &BTreeSet<&str>,
+        id: impl Fn(&str) -> Option<NetnsId>,
+    ) {
+        self.leave(|name| !names.contains(name));
+        for name in names {
+            let Some(id) = id(name) else { continue };
+            let known = self.lock().get(*name).map(|(known, _)| *known);
             if known == Some(id) {
                 continue;
             }
@@ -138,14 +144,14 @@ impl Watcher {
             match space.inside("listen", open).await {
                 Ok((monitor, rules)) => {
                     self.freshness.listening(name);
-                    let (freshness, space) = (Arc::clone(&self.freshness), name.clone());
+                    let (freshness, space) = (Arc::clone(&self.freshness), (*name).to_owned());
                     let place = Place { freshness, space };
                     let links = listen(monitor, Arc::clone(&self.signal), Some(place.clone()));
                     let rules = listen_to_rules(rules, Arc::clone(&self.signal), place);
                     let task = tokio::spawn(async {
                         let ((), ()) = tokio::join!(links, rules);
                     });
-                    if let Some((_, old)) = self.lock().insert(name.clone(), (id, task)) {
+                    if let Some((_, old)) = self.lock().insert((*name).to_owned(), (id, task)) {
                         old.abort();
                     }
                 }

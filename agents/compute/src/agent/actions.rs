@@ -246,7 +246,7 @@ impl<H: Hypervisor> ComputeAgent<H> {
     /// What it has used since it was started.
     async fn usage_of(&self, id: InstanceId) -> Result<Value, Refusal> {
         self.domain(id).await?;
-        let all = self.hypervisor.usage(Some(id)).await.map_err(unavailable)?;
+        let all = self.hypervisor.usage().await.map_err(unavailable)?;
         let usage = all.get(&id.0).ok_or_else(|| {
             Refusal::new(ErrorCode::WrongState, "it is shut off: it uses nothing")
         })?;

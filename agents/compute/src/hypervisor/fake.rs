@@ -222,10 +222,7 @@ impl Hypervisor for FakeHypervisor {
         if host.kvm { Ok(()) } else { Err(refused()) }
     }
 
-    async fn usage(
-        &self,
-        _closely: Option<InstanceId>,
-    ) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
         let host = FakeHypervisor::host(self);
         host.reach()?;
         let runs = |domain: &&DomainSeen| !matches!(domain.power, Power::Off(_));

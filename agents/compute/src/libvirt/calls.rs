@@ -79,36 +79,21 @@ pub(super) fn job(domain: &Domain, ended: bool) -> Result<sys::virDomainJobType,
     Ok(u32::try_from(kind).unwrap_or_default())
 }
 
-/// Domains of ours that are on. Whose a domain is, its name says: it is the one that we give to its UUID.
-pub(super) fn ours(connect: &Connect) -> Result<BTreeMap<Uuid, Domain>, Error> {
-    // Those that stand still hold memory and disks, too.
-    let mut ours = BTreeMap::new();
-    for domain in connect.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
-        let Ok(uuid) = domain.get_uuid() else { continue };
-        if domain.get_name().is_ok_and(|name| name == domain_name(InstanceId(uuid))) {
-            ours.insert(uuid, domain);
-        }
-    }
-    Ok(ours)
-}
-
-/// Numbers of domains, of these kinds, in one call. One that is gone or busy tells what it can, or nothing,
-/// without being waited for.
-pub(super) fn stats<'a>(
-    domains: impl IntoIterator<Item = &'a Domain>,
-    kinds: sys::virDomainStatsTypes,
-) -> Result<BTreeMap<Uuid, BTreeMap<String, u64>>, Error> {
-    let mut asked: Vec<sys::virDomainPtr> = domains.into_iter().map(Domain::as_ptr).collect();
-    if asked.is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    asked.push(std::ptr::null_mut());
-    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+/// Numbers of all domains of ours that are on, by their names. Whose a domain is, its name says: it is
+/// the one that we give to its UUID.
+pub(super) fn stats(connect: &Connect) -> Result<BTreeMap<Uuid, BTreeMap<String, u64>>, Error> {
+    let kinds = sys::VIR_DOMAIN_STATS_CPU_TOTAL
+        | sys::VIR_DOMAIN_STATS_BALLOON
+        | sys::VIR_DOMAIN_STATS_INTERFACE
+        | sys::VIR_DOMAIN_STATS_BLOCK;
+    // Those that stand still hold memory and disks, too. One that is busy tells what it can without
+    // waiting.
+    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+        | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
     let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
-    // SAFETY: the domains are live, of one connection, and a null ends them; libvirt allocates the list, which
-    // ends with a null.
+    // SAFETY: the connection is open; libvirt allocates the list, which ends with a null.
     let count =
-        unsafe { sys::virDomainListGetStats(asked.as_mut_ptr(), kinds, &raw mut list, flags) };
+        unsafe { sys::virConnectGetAllDomainStats(connect.as_ptr(), kinds, &raw mut list, flags) };
     checked(count)?;
     let mut all = BTreeMap::new();
     for index in 0..usize::try_from(count).unwrap_or(0) {
@@ -119,6 +104,15 @@ pub(super) fn stats<'a>(
         if unsafe { sys::virDomainGetUUID(record.dom, uuid.as_mut_ptr()) } != 0 {
             continue;
         }
+        let uuid = Uuid::from_bytes(uuid);
+        // SAFETY: the record holds a domain, which keeps its name as long as it lives.
+        let name = unsafe {
+            let name = sys::virDomainGetName(record.dom);
+            if name.is_null() { continue } else { CStr::from_ptr(name) }
+        };
+        if name.to_bytes() != domain_name(InstanceId(uuid)).as_bytes() {
+            continue;
+        }
         let count = usize::try_from(record.nparams).unwrap_or(0);
         let params: &[sys::virTypedParameter] = if record.params.is_null() {
             &[]
@@ -127,7 +121,7 @@ pub(super) fn stats<'a>(
             unsafe { std::slice::from_raw_parts(record.params, count) }
         };
         let numbers = params.iter().filter_map(number).collect();
-        all.insert(Uuid::from_bytes(uuid), numbers);
+        all.insert(uuid, numbers);
     }
     // SAFETY: it is the list that libvirt has just allocated, and nobody looks at it any more.
     unsafe { sys::virDomainStatsRecordListFree(list) };
