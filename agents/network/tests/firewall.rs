@@ -467,7 +467,7 @@ mod matrix {
             };
             tokio::select! {
                 () = flood => {}
-                _ = site.documents.settle(&agent) => {}
+                () = site.settle(&agent) => {}
             }
             let good = ends((10, "10.7.0.10"), (11, "10.7.0.11")).udp(1, 2, "good");
             assert!(!passes(&a, &b, &bad, &good).await, "not one of them got through");

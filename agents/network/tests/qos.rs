@@ -6,6 +6,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -14,6 +15,9 @@ use stackhand_model::PortId;
 use stackhand_runtime::agent::{Agent, Outcome};
 use support::{Documents, Guest, agent, link, mac, network, on_a_host, port, run, short};
 use uuid::Uuid;
+
+/// What a stream without a limit does at the least.
+const FREE: Range<f64> = 40.0..f64::INFINITY;
 
 /// Bits a second that a TCP stream from one guest to another settles at, in millions.
 async fn megabits(from: &Guest, to: &Guest, address: &str) -> f64 {
@@ -50,6 +54,20 @@ async fn megabits(from: &Guest, to: &Guest, address: &str) -> f64 {
     rate
 }
 
+/// The same, in a range. Measured again where it is not: a busy machine starves a stream, or lets a receiver find
+/// what came while it did not run.
+async fn megabits_within(range: Range<f64>, from: &Guest, to: &Guest, address: &str) -> f64 {
+    let mut rates = Vec::new();
+    for _ in 0..5 {
+        let rate = megabits(from, to, address).await;
+        if range.contains(&rate) {
+            return rate;
+        }
+        rates.push(rate);
+    }
+    panic!("Mbit/s, not one within {range:?}: {rates:?}");
+}
+
 fn policy(to_guest: u32, from_guest: u32) -> serde_json::Value {
     json!({"bandwidth": [
         {"direction": "ingress", "max_kbps": to_guest, "max_burst_kbit": 100},
@@ -79,25 +97,21 @@ fn bandwidth_is_held_in_both_directions_changed_in_place_and_let_go() {
         };
         assert!(reason.contains(&format!("waits for the document of QosPolicy {limits}")));
         assert!(one.reaches("10.7.0.11").await, "wired all the same");
-        let free = megabits(&one, &two, "10.7.0.11").await;
+        let free = megabits_within(FREE, &one, &two, "10.7.0.11").await;
 
         documents.put("QosPolicy", "limits", limits, policy(20_000, 10_000));
         documents.settle(&agent).await;
         documents.rest(&agent).await;
-        let sent = megabits(&one, &two, "10.7.0.11").await;
-        let received = megabits(&two, &one, "10.7.0.10").await;
+        let sent = megabits_within(7.0..10.5, &one, &two, "10.7.0.11").await;
+        let received = megabits_within(14.0..21.0, &two, &one, "10.7.0.10").await;
         println!(
             "free {free:.1} Mbit/s; limited: sent {sent:.2} of 10, received {received:.2} of 20"
         );
-        assert!(free > 40.0, "{free}");
-        assert!((7.0..10.5).contains(&sent), "{sent}");
-        assert!((14.0..21.0).contains(&received), "{received}");
 
         documents.put("QosPolicy", "limits", limits, policy(5000, 5000));
         documents.settle(&agent).await;
         documents.rest(&agent).await;
-        let sent = megabits(&one, &two, "10.7.0.11").await;
-        assert!((3.5..5.3).contains(&sent), "{sent}");
+        megabits_within(3.5..5.3, &one, &two, "10.7.0.11").await;
 
         let tap = format!("tap{}", short(a));
         for damage in [
@@ -109,8 +123,7 @@ fn bandwidth_is_held_in_both_directions_changed_in_place_and_let_go() {
             documents.settle(&agent).await;
             documents.rest(&agent).await;
         }
-        let sent = megabits(&one, &two, "10.7.0.11").await;
-        assert!((3.5..5.3).contains(&sent), "{sent}");
+        megabits_within(3.5..5.3, &one, &two, "10.7.0.11").await;
 
         documents.put("Port", "a", a, port(net, "one", 10, &open));
         documents.settle(&agent).await;
@@ -118,7 +131,7 @@ fn bandwidth_is_held_in_both_directions_changed_in_place_and_let_go() {
         assert!(link(&format!("ifb{}", short(a))).await.is_none());
         let left = run(&format!("tc qdisc show dev {tap}")).await;
         assert!(!left.contains("tbf") && !left.contains("ingress"), "{left}");
-        assert!(megabits(&one, &two, "10.7.0.11").await > 40.0);
+        megabits_within(FREE, &one, &two, "10.7.0.11").await;
     });
 }
 
