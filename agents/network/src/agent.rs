@@ -353,10 +353,13 @@ impl NetworkAgent {
     /// Tells neighbours of new addresses; in the first pass of all, because nobody knows what was
     /// told before the agent started.
     fn announce(&self, wish: &HostWish, seen: &Seen, mut news: BTreeMap<At, BTreeSet<IpAddr>>) {
-        let links = wish.routers.values().flat_map(|router| {
+        let first = !self.announced.swap(true, Ordering::Relaxed);
+        let spaces: BTreeSet<_> = news.keys().filter_map(|at| at.space.clone()).collect();
+        let routers = wish.routers.values();
+        let routers = routers.filter(|router| first || spaces.contains(&router.space));
+        let links = routers.flat_map(|router| {
             router.links.iter().map(|link| At::inside(router.space.clone(), link.link.clone()))
         });
-        let first = !self.announced.swap(true, Ordering::Relaxed);
         for at in links {
             let new = news.remove(&at).unwrap_or_default();
             let Some(link) = seen.links.get(&at) else { continue };

@@ -131,14 +131,10 @@ impl Host<'_> {
     fn waits_for_network(&self, document: &Document) -> Option<String> {
         let Spec::Port(port) = &document.spec else { return None };
         let network = port.network.object();
-        let is_here = self.wish.l2.links.contains_key(&At::host(names::tap(PortId(document.id))));
-        let problem = self
-            .left
-            .problems
-            .get(&network)
-            .or_else(|| self.failed.get(&network))
-            .filter(|_| is_here)?;
-        Some(format!("waits for its network: {problem}"))
+        let problem = self.left.problems.get(&network).or_else(|| self.failed.get(&network))?;
+        let tap = At::host(names::tap(PortId(document.id)));
+        let is_here = self.wish.l2.links.contains_key(&tap);
+        is_here.then(|| format!("waits for its network: {problem}"))
     }
 
     fn why_it_stays(&self, object: ObjectRef, desired: &Desired) -> String {

@@ -64,6 +64,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Removes what a namespace has.
+fn remove_inside<T>(all: &mut BTreeMap<At, T>, space: &str) {
+    let inside = all.range(At::inside(space, "")..).map(|(at, _)| at);
+    let inside = inside.take_while(|at| at.space.as_deref() == Some(space));
+    for at in inside.cloned().collect::<Vec<_>>() {
+        all.remove(&at);
+    }
+}
+
 impl NetlinkHost {
     /// The network that the calling thread sees. Sockets are opened when they are needed first,
     /// by the thread that needs them.
@@ -184,49 +193,60 @@ impl NetlinkHost {
         let host = self.host_links()?;
         let (mut here, same) = self.here(&host).await?;
         let insides = self.insides().await?;
-        let kept = lock(&self.whole).take().filter(|(known, _)| {
-            let mut pairs = known.iter().zip(&insides);
-            let alike = pairs.all(|((a, was), (b, is))| a == b && Arc::ptr_eq(was, is));
-            same && known.len() == insides.len() && alike
-        });
-        let seen = match kept {
-            Some((_, seen)) => seen,
-            None => Arc::new(self.gather(&host, &mut here, &insides).await?),
+        // Taken, not lent: a look that fails leaves nothing behind.
+        let kept = lock(&self.whole).take();
+        let (had, mut seen) = match kept.filter(|_| same) {
+            Some(whole) => whole,
+            None => (Insides::new(), Arc::new(self.gather(&host, &mut here).await?)),
         };
+        self.renew(&mut seen, &had, &insides);
+        let groups = here.links.values().map(|link| link.group);
+        let inside = insides.values().flat_map(|inside| &inside.links).map(|link| link.group);
+        *lock(&self.groups) = groups.chain(inside).collect();
         *lock(&self.here) = Some(here);
         *lock(&self.whole) = Some((insides, Arc::clone(&seen)));
         Ok(seen)
     }
 
-    /// Puts together what the host and its namespaces have.
-    async fn gather(
-        &self,
-        host: &Links,
-        here: &mut Here,
-        insides: &Insides,
-    ) -> Result<Seen, KernelError> {
+    /// Puts together what the host has, without its namespaces.
+    async fn gather(&self, host: &Links, here: &mut Here) -> Result<Seen, KernelError> {
         let mut seen = Seen::default();
         let mut indices = BTreeMap::new();
-        let mut groups = BTreeSet::new();
-        groups.extend(here.links.values().map(|link| link.group));
         look::take(&mut seen, &mut indices, None, here.links.values(), &here.addresses);
         here.forwarding(host, &mut seen).await?;
         here.queues(host, &mut seen).await?;
-        for (name, inside) in insides {
-            groups.extend(inside.links.iter().map(|link| link.group));
+        *lock(&self.indices) = indices;
+        Ok(seen)
+    }
+
+    /// Takes over in what namespaces differ from what they had when all was put together.
+    fn renew(&self, seen: &mut Arc<Seen>, had: &Insides, have: &Insides) {
+        let differs = |one: &Arc<Inside>, other: Option<&Arc<Inside>>| {
+            other.is_none_or(|other| !Arc::ptr_eq(one, other))
+        };
+        let mut old = had.iter().filter(|(name, it)| differs(it, have.get(*name))).peekable();
+        let mut new = have.iter().filter(|(name, it)| differs(it, had.get(*name))).peekable();
+        if old.peek().is_none() && new.peek().is_none() {
+            return;
+        }
+        // Copies only what somebody still looks at.
+        let seen = Arc::make_mut(seen);
+        let mut indices = lock(&self.indices);
+        for (name, _) in old {
+            seen.spaces.remove(name);
+            remove_inside(&mut seen.links, name);
+            remove_inside(&mut indices, name);
+        }
+        for (name, inside) in new {
             let links = inside.links.iter();
-            look::take(&mut seen, &mut indices, Some(name), links, &inside.addresses);
+            look::take(seen, &mut indices, Some(name), links, &inside.addresses);
             seen.spaces.insert(name.clone(), look::owner_of_space(&inside.links));
         }
-        *lock(&self.indices) = indices;
-        *lock(&self.groups) = groups;
-        Ok(seen)
     }
 
     /// What the host itself has, and whether that is what it had before: as seen before where the
     /// journal tells of no change, or looked at.
     async fn here(&self, host: &Links) -> Result<(Here, bool), KernelError> {
-        // Taken, not lent: a look that fails leaves nothing behind.
         let (journal, kept) = (lock(&self.journal).take(), lock(&self.here).take());
         let journal = match journal {
             Some(journal) => journal,
@@ -317,14 +337,12 @@ impl HostNet for NetlinkHost {
     }
 
     async fn apply(&self, change: &Change) -> Result<(), KernelError> {
-        *lock(&self.whole) = None;
         let result = self.perform(change).await;
         self.changed(change);
         result
     }
 
     async fn apply_all(&self, changes: &[&Change]) -> Vec<Result<(), KernelError>> {
-        *lock(&self.whole) = None;
         if changes.iter().all(|change| change.is_entry()) {
             return self.change_entries(changes).await;
         }

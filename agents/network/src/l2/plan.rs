@@ -85,7 +85,7 @@ struct Doomed {
     spaces: BTreeMap<String, Option<ObjectRef>>,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
     fn step(&mut self, object: Option<ObjectRef>, change: Change) {
         self.plan.steps.push(Step { object, change });
     }
@@ -95,7 +95,7 @@ impl Planner<'_> {
     }
 
     /// The link as seen, unless it is deleted first.
-    fn present(&self, at: &At) -> Option<&SeenLink> {
+    fn present(&self, at: &At) -> Option<&'a SeenLink> {
         self.seen.links.get(at).filter(|_| !self.remade.contains(at))
     }
 
@@ -339,21 +339,19 @@ impl Planner<'_> {
             );
             return self.problem(wanted.object, text);
         }
-        let add: Vec<_> = wanted.addresses.iter().flatten().copied().collect();
-        let has = link.addresses.clone();
+        let has = &link.addresses;
         if !set.is_empty() {
             self.step(Some(wanted.object), Change::Set { at: at.clone(), set });
         }
-        for net in add.iter().filter(|net| !has.contains(net)) {
+        let Some(addresses) = &wanted.addresses else { return };
+        for net in addresses.iter().filter(|net| !has.contains(net)) {
             let change = Change::AddAddress { at: at.clone(), net: *net };
             self.step(Some(wanted.object), change);
         }
-        if wanted.addresses.is_some() {
-            let unwanted = |net: &&IpNet| !add.contains(net) && !net.addr().is_loopback();
-            for net in has.iter().filter(unwanted) {
-                let change = Change::RemoveAddress { at: at.clone(), net: *net };
-                self.step(Some(wanted.object), change);
-            }
+        let unwanted = |net: &&IpNet| !addresses.contains(net) && !net.addr().is_loopback();
+        for net in has.iter().filter(unwanted) {
+            let change = Change::RemoveAddress { at: at.clone(), net: *net };
+            self.step(Some(wanted.object), change);
         }
     }
 
