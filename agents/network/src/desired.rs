@@ -15,6 +15,7 @@ mod routers;
 mod tests;
 mod uplink;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -219,14 +220,19 @@ impl Builder<'_> {
 
     /// Wants a link; of two that want the same name the first keeps it.
     fn want(&mut self, at: At, wanted: Wanted) -> bool {
-        if let Some(first) = self.wish.l2.links.get(&at) {
-            let reason = format!("link {at} is taken by {}", first.object);
-            self.wish.l2.contested.insert((at, wanted.object));
-            self.fail(wanted.object, reason);
-            return false;
+        match self.wish.l2.links.entry(at) {
+            Entry::Vacant(free) => {
+                free.insert(wanted);
+                true
+            }
+            Entry::Occupied(taken) => {
+                let (at, first) = (taken.key().clone(), taken.get().object);
+                let reason = format!("link {at} is taken by {first}");
+                self.wish.l2.contested.insert((at, wanted.object));
+                self.fail(wanted.object, reason);
+                false
+            }
         }
-        self.wish.l2.links.insert(at, wanted);
-        true
     }
 
     /// Says what of this host's own document does not match the host.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use stackhand_model::{ErrorCode, Kind, NetworkId, RouterId};
 use stackhand_runtime::agent::Refusal;
 
-use super::Judge;
+use super::{Judge, claim};
 
 impl Judge<'_> {
     /// The network that a router's gateway is on, as far as documents tell.
@@ -19,15 +19,26 @@ impl Judge<'_> {
         if self.floating.is_empty() {
             return Ok(());
         }
-        let ports = self.ports.iter().flat_map(|(id, (name, port))| {
-            let addresses = port.fixed_ips.iter().map(|fixed| (port.network, fixed.address));
-            addresses.map(move |address| (address, (id.object(), *name)))
+        // What nobody who changed claims is nobody's quarrel now.
+        let ports = self.ports.iter().filter(|(id, _)| self.changed.contains(&id.object()));
+        let floating = self.floating.iter().filter(|(id, _)| self.changed.contains(&id.object()));
+        let floating =
+            floating.filter_map(|(_, (_, spec))| Some((self.external(spec.router)?, spec.address)));
+        let ports = ports.flat_map(|(_, (_, port))| {
+            port.fixed_ips.iter().map(|fixed| (port.network, fixed.address))
         });
-        let mut holders: BTreeMap<(NetworkId, IpAddr), _> = ports.collect();
+        let claimed = ports.chain(floating);
+        let mut holders: BTreeMap<(NetworkId, IpAddr), _> =
+            claimed.map(|address| (address, None)).collect();
+        for (id, (name, port)) in &self.ports {
+            for fixed in &port.fixed_ips {
+                claim(&mut holders, &(port.network, fixed.address), (id.object(), *name));
+            }
+        }
         for (&id, &(name, spec)) in &self.floating {
             let Some(external) = self.external(spec.router) else { continue };
             let this = (id.object(), name);
-            if let Some(other) = holders.insert((external, spec.address), this) {
+            if let Some(other) = claim(&mut holders, &(external, spec.address), this) {
                 let blames_port = other.0.kind == Kind::Port && !self.changed.contains(&this.0);
                 let field = if blames_port { "spec.fixed_ips" } else { "spec.address" };
                 self.clash(this, other, field, &spec.address.to_string())?;
