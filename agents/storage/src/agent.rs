@@ -19,7 +19,7 @@ use stackhand_runtime::agent::{
 use stackhand_runtime::chain;
 use stackhand_runtime::ledger::Journal;
 
-use crate::backend::{Backend, BackendError, Item};
+use crate::backend::{Backend, BackendError, Item, Observed};
 use crate::config::BackendKind;
 use crate::desired::{Wanted, admit};
 use crate::export::chap::Key;
@@ -90,6 +90,23 @@ impl StorageAgent {
 
     /// Looks at all backends and exports.
     async fn observe(&self) -> Situation {
+        self.look(|backend, _limits| backend.observe()).await
+    }
+
+    /// The same, but with backends as they are remembered, which costs less. Not those that get
+    /// full, for guests fill them all the while.
+    async fn recall(&self) -> Situation {
+        self.look(|backend, limits| match backend.recall() {
+            Ok(recalled) if limits.nears_stop(recalled.fill) => backend.observe(),
+            recalled => recalled,
+        })
+        .await
+    }
+
+    async fn look(
+        &self,
+        look: fn(&dyn Backend, Limits) -> Result<Observed, BackendError>,
+    ) -> Situation {
         // Work first: what ends in between is then seen both as running and as complete, never as
         // neither.
         let (mut works, mut wipes) = (BTreeMap::new(), BTreeMap::new());
@@ -106,12 +123,14 @@ impl StorageAgent {
         let exports = self.observe_exports().await;
         let mut backends = BTreeMap::new();
         for (name, configured) in &self.backends {
-            let observed = blocking(&configured.backend, |backend| backend.observe()).await;
+            let limits = configured.limits;
+            let observed =
+                blocking(&configured.backend, move |backend| look(backend, limits)).await;
             let observed = observed.map_err(|error| match &error {
                 BackendError::Away { reason, .. } => reason.clone(),
                 error => chain(error),
             });
-            backends.insert(name.clone(), View { observed, limits: configured.limits });
+            backends.insert(name.clone(), View { observed, limits });
         }
         Situation {
             host: self.host.clone(),
@@ -215,7 +234,8 @@ impl Agent for StorageAgent {
 
     async fn pass(&self, work: Work) -> PassReport {
         let wanted = Arc::new(Wanted::new(&work.desired));
-        let situation = self.observe().await;
+        let adds_only = work.cause == Cause::Change && wanted.only_adds_to(&self.wanted());
+        let situation = if adds_only { self.recall().await } else { self.observe().await };
         let Plan { steps, mut outcomes, relies_on } = Plan::new(&wanted, &situation, &work.due);
         let mut writes = 0;
         let mut failed: BTreeMap<ObjectRef, String> = BTreeMap::new();

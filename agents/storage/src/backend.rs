@@ -278,6 +278,17 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Fails if the backend as a whole cannot be used; nothing may be concluded about its items.
     fn observe(&self) -> Result<Observed, BackendError>;
 
+    /// As [`Backend::observe`], but where a look is dear it may be what was seen up to a minute
+    /// and a bit ago, with what this backend changed since. Good enough to place something new:
+    /// making it fails where this is no longer so.
+    ///
+    /// # Errors
+    ///
+    /// As [`Backend::observe`].
+    fn recall(&self) -> Result<Observed, BackendError> {
+        self.observe()
+    }
+
     /// Makes an item of zeroes.
     ///
     /// # Errors

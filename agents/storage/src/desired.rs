@@ -63,6 +63,18 @@ impl Wanted {
         wanted
     }
 
+    /// Whether something is new, and all else is held as it was `before`, or was being deleted
+    /// and is gone.
+    #[must_use]
+    pub fn only_adds_to(&self, before: &Self) -> bool {
+        let differ = [
+            compare(&self.volumes, &before.volumes),
+            compare(&self.snapshots, &before.snapshots),
+            compare(&self.attachments, &before.attachments),
+        ];
+        differ.iter().all(|differ| !differ.changed) && differ.iter().any(|differ| differ.added)
+    }
+
     /// The item that an item is made from, as far as documents tell.
     #[must_use]
     pub fn source(&self, item: Item) -> Option<Item> {
@@ -87,6 +99,24 @@ impl Wanted {
             Some(name) => format!("{} {name} ({})", item.object().kind, item.object().id),
             None => item.object().to_string(),
         }
+    }
+}
+
+struct Differ {
+    added: bool,
+    changed: bool,
+}
+
+fn compare<I: Ord, S>(now: &BTreeMap<I, Wish<S>>, before: &BTreeMap<I, Wish<S>>) -> Differ {
+    let same = |old: &Wish<S>, new: &Wish<S>| {
+        new.deleting == old.deleting && Arc::ptr_eq(&new.document, &old.document)
+    };
+    Differ {
+        added: now.keys().any(|id| !before.contains_key(id)),
+        changed: before.iter().any(|(id, old)| match now.get(id) {
+            Some(new) => !same(old, new),
+            None => !old.deleting,
+        }),
     }
 }
 

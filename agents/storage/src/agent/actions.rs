@@ -43,7 +43,7 @@ impl StorageAgent {
         outcome.map_err(|refusal| refusal.about(object))
     }
 
-    fn wanted(&self) -> Arc<Wanted> {
+    pub(super) fn wanted(&self) -> Arc<Wanted> {
         Arc::clone(&self.last.lock().unwrap_or_else(PoisonError::into_inner).wanted)
     }
 

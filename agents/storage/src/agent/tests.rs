@@ -452,6 +452,45 @@ async fn a_volume_asked_for_on_another_backend_stays_where_it_is() {
 }
 
 #[tokio::test]
+async fn what_is_new_is_placed_without_a_look_and_nothing_else_is() {
+    let mut bench = Bench::new(true);
+    bench.want([held(volume(1, json!({})))]);
+    bench.settle().await;
+    let looks = |bench: &Bench| bench.fake().host().looks;
+
+    let before = looks(&bench);
+    bench.want([held(volume(2, json!({}))), held(attachment(9, 2, "there"))]);
+    assert!(bench.pass().await.writes >= 2);
+    assert_eq!(looks(&bench), before);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 1, "nothing is new");
+
+    bench.want([held(volume(1, json!({"size_gib": 2}))), held(volume(3, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 2, "one is changed beside the new");
+    bench.want([going(volume(3, json!({}))), held(volume(4, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 3, "one goes beside the new");
+
+    bench.want([held(volume(5, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 3, "that the other is gone is no news");
+    bench.desired.objects.remove(&vol(5).object());
+    bench.want([held(volume(6, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 4, "one was let go of");
+
+    bench.fake().host().observed.fill = Some(Fill { data: 4400, metadata: 100 });
+    bench.want([held(volume(7, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 4, "there is room");
+    bench.fake().host().observed.fill = Some(Fill { data: 4500, metadata: 100 });
+    bench.want([held(volume(8, json!({})))]);
+    bench.pass().await;
+    assert_eq!(looks(&bench), before + 5, "half of what may be used is");
+}
+
+#[tokio::test]
 async fn items_without_a_document_are_kept_and_told() {
     let mut bench = Bench::new(true);
     bench.want([held(volume(1, json!({})))]);

@@ -19,6 +19,8 @@ pub struct FakeBackend {
 pub struct Host {
     /// What [`Backend::observe`] answers.
     pub observed: Observed,
+    /// How often it was looked at; recalling is none.
+    pub looks: u64,
     /// The backend as a whole is away.
     pub away: bool,
     /// Items for which every change fails.
@@ -45,6 +47,7 @@ impl FakeBackend {
         Self {
             host: Mutex::new(Host {
                 observed,
+                looks: 0,
                 away: false,
                 broken: BTreeSet::new(),
                 contents: BTreeMap::new(),
@@ -119,6 +122,11 @@ impl Host {
 
 impl Backend for FakeBackend {
     fn observe(&self) -> Result<Observed, BackendError> {
+        self.host().looks += 1;
+        self.recall()
+    }
+
+    fn recall(&self) -> Result<Observed, BackendError> {
         let host = self.host();
         if host.away {
             return Err(BackendError::Away { backend: "fake".into(), reason: "told so".into() });

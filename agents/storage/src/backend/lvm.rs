@@ -26,6 +26,7 @@
 
 mod command;
 mod look;
+mod memory;
 mod report;
 mod revert;
 mod roll;
@@ -33,8 +34,7 @@ mod roll;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
 
 use stackhand_kernel::exec::ExecError;
 use tokio::runtime::Handle;
@@ -44,14 +44,12 @@ use super::transfer::{self, Holes};
 use super::{Backend, BackendError, Item, Observed, Place, Progress, Write, lock};
 pub use command::LVM;
 use command::Lvm;
+use memory::{Change, Memory};
 use report::{Group, Volume};
 use roll::Roll;
 
 /// Tag of everything that we made.
 pub const TAG: &str = "stackhand";
-
-/// How old a look may be that something new is made by.
-const RECENT: Duration = Duration::from_secs(2);
 
 /// Tag of what is not finished.
 const UNFINISHED: &str = "stackhand.new";
@@ -108,8 +106,7 @@ pub struct LvmBackend {
     options: Options,
     lvm: Lvm,
     roll: Roll,
-    /// The last look, and when it was; nothing once something was changed.
-    last: Mutex<Option<(Instant, Group)>>,
+    memory: Memory,
 }
 
 impl LvmBackend {
@@ -119,7 +116,7 @@ impl LvmBackend {
     pub fn new(name: &str, state_dir: &Path, options: Options) -> Self {
         let lvm = Lvm::new(options.devices.clone(), Arc::clone(&options.turn), Handle::current());
         let roll = Roll::new(&state_dir.join("backends"), name);
-        Self { name: name.to_owned(), options, lvm, roll, last: Mutex::default() }
+        Self { name: name.to_owned(), options, lvm, roll, memory: Memory::default() }
     }
 
     fn is_thin(&self) -> bool {
@@ -159,17 +156,29 @@ impl LvmBackend {
         command: &str,
         args: &[&str],
     ) -> Result<(), BackendError> {
-        self.last().take();
+        self.known_change(action, subject, command, args).map(drop)
+    }
+
+    /// A change whose effect the caller knows.
+    fn known_change(
+        &self,
+        action: &'static str,
+        subject: &str,
+        command: &str,
+        args: &[&str],
+    ) -> Result<Change<'_>, BackendError> {
+        let change = self.memory.change();
         self.lvm.change(command, args).map_err(|source| BackendError::Program {
             action,
             subject: self.full(subject),
             source,
-        })
+        })?;
+        Ok(change)
     }
 
     /// Looks at the group, and makes sure that it is the one it was last time.
     fn group(&self) -> Result<Group, BackendError> {
-        let name = &self.options.group;
+        let (name, look) = (&self.options.group, self.memory.look());
         let read = |columns: &str| {
             let json = self.lvm.report("vgs", &["-o", columns, name]).map_err(|error| {
                 let reason = match &*error {
@@ -199,22 +208,14 @@ impl LvmBackend {
             )),
             roll::RollError::Backend(error) => error,
         })?;
-        *self.last() = Some((Instant::now(), group.clone()));
+        self.memory.keep(&look, group.clone());
         Ok(group)
     }
 
-    fn last(&self) -> MutexGuard<'_, Option<(Instant, Group)>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The group as it was a moment ago: a look costs as much as a change. Only for what LVM
+    /// The group as it is remembered: a look costs half as much as a change. Only for what LVM
     /// itself refuses if it is no longer so.
-    fn recent_group(&self) -> Result<Group, BackendError> {
-        let last = self.last().take();
-        match last {
-            Some((when, group)) if when.elapsed() < RECENT => Ok(group),
-            _ => self.group(),
-        }
+    fn known_group(&self) -> Result<Group, BackendError> {
+        self.memory.recall().map_or_else(|| self.group(), Ok)
     }
 
     /// The pool, where there is one.
@@ -276,7 +277,13 @@ impl LvmBackend {
             }
             Allocation::Thick => args.extend(["-Wy", "-Zy", "-L", &size, &self.options.group]),
         }
-        self.change("make", &name, "lvcreate", &args)
+        let change = self.known_change("make", &name, "lvcreate", &args)?;
+        if let Allocation::Thin { pool } = &self.options.allocation
+            && !unfinished
+        {
+            change.remember(|group| group.volumes.push(Volume::new_thin(&name, pool, bytes)));
+        }
+        Ok(())
     }
 
     /// Runs `make` unless the item is there; begins anew what was not finished.
@@ -285,7 +292,7 @@ impl LvmBackend {
         item: Item,
         make: impl FnOnce() -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        match self.have_in(self.recent_group()?, "make", item)? {
+        match self.have_in(self.known_group()?, "make", item)? {
             Some(volume) if volume.tags.contains(UNFINISHED) => self.discard(item)?,
             Some(_) => return self.roll.add(item),
             None if self.roll.has(item) => {
@@ -321,7 +328,11 @@ impl LvmBackend {
     fn take_out(&self, name: &str) -> Result<(), BackendError> {
         let full = self.full(name);
         if self.is_thin() || !self.options.wipe {
-            return self.change("delete", name, "lvremove", &["-f", &full]);
+            let change = self.known_change("delete", name, "lvremove", &["-f", &full])?;
+            if self.is_thin() {
+                change.remember(|group| group.remove_thin(name));
+            }
+            return Ok(());
         }
         let doomed = format!("{TO_WIPE}{}", uuid::Uuid::new_v4());
         self.change("delete", name, "lvrename", &[&self.options.group, name, &doomed])
@@ -343,7 +354,11 @@ const LOST: &str = "it was there and is gone: bring it back (vgcfgrestore), or d
 
 impl Backend for LvmBackend {
     fn observe(&self) -> Result<Observed, BackendError> {
-        self.look()
+        self.look(&self.group()?)
+    }
+
+    fn recall(&self) -> Result<Observed, BackendError> {
+        self.look(&self.known_group()?)
     }
 
     fn create(&self, item: Item, bytes: u64) -> Result<(), BackendError> {
@@ -435,7 +450,13 @@ impl Backend for LvmBackend {
     }
 
     fn delete(&self, item: Item) -> Result<(), BackendError> {
-        if let Some(volume) = self.have("delete", item)? {
+        let group = self.memory.recent().map_or_else(|| self.group(), Ok)?;
+        let mut found = self.have_in(group, "delete", item)?;
+        if found.as_ref().is_some_and(|volume| volume.open) {
+            // Not any more, perhaps.
+            found = self.have("delete", item)?;
+        }
+        if let Some(volume) = found {
             if volume.open {
                 return Err(BackendError::InUse { action: "delete", path: self.path(item) });
             }

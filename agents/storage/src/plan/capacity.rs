@@ -38,6 +38,12 @@ impl Limits {
         passed(fill, self.stop_percent)
     }
 
+    /// Whether the pool is half as full as it may get, or fuller.
+    #[must_use]
+    pub fn nears_stop(&self, fill: Option<Fill>) -> bool {
+        passed(fill, self.stop_percent / 2).is_some()
+    }
+
     /// What to tell of a pool that gets full.
     #[must_use]
     pub fn warns(&self, fill: Option<Fill>) -> Option<String> {

@@ -8,10 +8,9 @@ use super::{FOREIGN, LvmBackend, TAG, TO_WIPE, UNFINISHED, item_of};
 use crate::backend::{BackendError, Instant, Leftover, Observed, Presence, Seen, Usage};
 
 impl LvmBackend {
-    /// Looks at the group and all that concerns this backend.
-    pub(super) fn look(&self) -> Result<Observed, BackendError> {
-        let group = self.group()?;
-        let pool = self.pool(&group)?;
+    /// What the group holds that concerns this backend.
+    pub(super) fn look(&self, group: &Group) -> Result<Observed, BackendError> {
+        let pool = self.pool(group)?;
         let (total_bytes, free_bytes) = match pool {
             Some(pool) => {
                 let used = u128::from(pool.bytes) * u128::from(pool.fill.data) / 10_000;
@@ -60,7 +59,7 @@ impl LvmBackend {
             instant: Instant { snapshots: true, clones: self.is_thin() },
             thick: !self.is_thin(),
             fill: pool.map(|pool| pool.fill),
-            troubles: self.troubles(&group, pool),
+            troubles: self.troubles(group, pool),
             place: self.place(),
             items,
             leftovers,

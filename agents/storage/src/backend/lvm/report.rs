@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 
+use super::TAG;
 use crate::backend::Fill;
 
 /// Columns that are asked for.
@@ -47,6 +48,37 @@ pub(super) struct Volume {
     pub(super) health: String,
     pub(super) active: bool,
     pub(super) open: bool,
+}
+
+impl Group {
+    /// Takes out a thin volume as LVM does. How full the pool is then, the next look tells.
+    pub(super) fn remove_thin(&mut self, name: &str) {
+        self.volumes.retain(|volume| volume.name != name);
+        for volume in &mut self.volumes {
+            volume.origin.take_if(|origin| origin == name);
+        }
+    }
+}
+
+impl Volume {
+    /// A thin volume of ours as LVM tells of it when it was just made.
+    pub(super) fn new_thin(name: &str, pool: &str, bytes: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            bytes,
+            room: bytes,
+            tags: BTreeSet::from([TAG.to_owned()]),
+            kind: 'V',
+            writable: true,
+            state: 'a',
+            origin: None,
+            pool: Some(pool.to_owned()),
+            fill: Fill::default(),
+            health: String::new(),
+            active: true,
+            open: false,
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -116,7 +116,8 @@ fn lio() {
         child.kill().unwrap();
         child.wait().unwrap();
         if step % 2 == 0 {
-            lio.publish(&wanted).unwrap();
+            // As the agent, which tries again: the kernel makes no portal where one still ends.
+            wait_for_sync(PATIENCE, "the kernel to take it", || lio.publish(&wanted).ok());
             assert!(wanted.is_met_by(&lio.observe().unwrap()[&id]), "after step {step}");
         }
         lio.withdraw(id).unwrap();

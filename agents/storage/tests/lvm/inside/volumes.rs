@@ -11,6 +11,33 @@ fn thin_then_thick() {
     thick();
 }
 
+/// Between looks, what the backend remembers of its own changes is what a look finds.
+fn remembers(thin: &LvmBackend) {
+    let (kept, mine, theirs) = (vol(11), vol(12), vol(13));
+    thin.create(mine, 64 * MIB).unwrap();
+    let pool = format!("{GROUP}/cinder-volumes-pool");
+    let name = theirs.to_string();
+    must("lvcreate", &["-qq", "-V", "64m", "-T", &pool, "-n", &name, "--addtag", "stackhand"]);
+    thin.create(kept, 64 * MIB).unwrap();
+    let recalled = thin.recall().unwrap().items;
+    assert!(!recalled.contains_key(&theirs), "a look was taken: {recalled:?}");
+    let error = stackhand_runtime::chain(&thin.create(theirs, 64 * MIB).unwrap_err());
+    assert!(error.contains("already exists"), "{error}");
+    let found = thin.observe().unwrap().items;
+    assert_eq!(found.get(&kept), recalled.get(&kept));
+    assert_eq!(found.get(&mine), recalled.get(&mine));
+    assert!(found.contains_key(&theirs), "what was refused is known after a look");
+
+    thin.delete(theirs).unwrap();
+    thin.delete(mine).unwrap();
+    let recalled = thin.recall().unwrap().items;
+    thin.delete(kept).unwrap();
+    let left = thin.recall().unwrap().items;
+    assert_eq!(thin.observe().unwrap().items, left);
+    assert_eq!(recalled.len(), left.len() + 1);
+    println!("ok: remembers its own changes between looks");
+}
+
 fn thin() {
     let thin = backend("thin", Allocation::Thin { pool: "cinder-volumes-pool".into() });
     let first = vol(1);
@@ -20,6 +47,8 @@ fn thin() {
     assert_eq!(device, Path::new("/dev/cinder-volumes").join(first.to_string()));
     assert_eq!(filled(&device, 8), Some(0), "a new volume reads as zeroes");
     write(&device, 1, 8);
+
+    remembers(&thin);
 
     thin.clone_item(snap(20), first, 0).unwrap();
     write(&device, 2, 8);
