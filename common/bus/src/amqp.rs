@@ -10,9 +10,9 @@
 //! * an answer is kept until its caller's queue is back ([`reply`]);
 //! * reply and fanout queues keep their names, so what the broker held is not lost.
 
-mod body;
 mod client;
 mod counters;
+mod delivery;
 mod dial;
 mod link;
 mod lock;

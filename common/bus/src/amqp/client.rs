@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use crate::amqp::body::body;
+use crate::amqp::delivery::{ack, body};
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, SendError, Session, short};
@@ -137,7 +137,6 @@ impl ReplyBook {
             .map_err(|error| session.refused(&format!("consumer of {}", self.queue), &error))?;
         let (shared, session) = (Arc::clone(shared), Arc::clone(session));
         tokio::spawn(async move {
-            let _channel = channel;
             loop {
                 let delivery = tokio::select! {
                     () = session.over() => return,
@@ -160,7 +159,7 @@ impl ReplyBook {
                 }
                 // Last, so that whoever waits goes on at once. A lost ack only means that the
                 // answer comes again, and is unknown then.
-                let _ = delivery.ack(BasicAckOptions::default()).await;
+                let _ = ack(&channel, &delivery);
             }
         });
         Ok(())

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
+use lapin::options::{BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use serde_json::Value;
@@ -21,7 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::amqp::body::{body, offset_of};
+use crate::amqp::delivery::{ack, body, offset_of};
 use crate::amqp::link::Shared;
 use crate::amqp::memory::{Admission, Memory};
 use crate::amqp::reply;
@@ -118,7 +118,7 @@ impl Server {
         *started = session.generation;
         let (server, shared, session) = (Arc::clone(self), Arc::clone(shared), Arc::clone(session));
         self.consuming.spawn(async move {
-            server.take_all(&shared, &session, deliveries).await;
+            server.take_all(&shared, &session, &channel, deliveries).await;
             if !session.is_over() {
                 // Gives back what was delivered and not acknowledged.
                 let _ = channel.close(200, "OK".into()).await;
@@ -200,6 +200,7 @@ impl Server {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         session: &Arc<Session>,
+        channel: &Channel,
         mut deliveries: Deliveries,
     ) {
         loop {
@@ -220,7 +221,7 @@ impl Server {
             };
             // Others than a stream could be told any place by whoever writes to them.
             let offset = if streamed { offset_of(&delivery) } else { None };
-            self.take(shared, delivery, offset, permit).await;
+            self.take(shared, channel, delivery, offset, permit).await;
         }
     }
 
@@ -228,13 +229,14 @@ impl Server {
     async fn take(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
+        channel: &Channel,
         delivery: Delivery,
         offset: Option<u64>,
         permit: OwnedSemaphorePermit,
     ) {
         if offset.is_some_and(|offset| offset < self.next_fanout.load(Ordering::Relaxed)) {
             // Chunks of a stream are delivered whole: the first may begin before where we asked.
-            let _ = delivery.ack(BasicAckOptions::default()).await;
+            let _ = ack(channel, &delivery);
             return;
         }
         let read = || self.next_fanout.fetch_max(offset.map_or(0, |it| it + 1), Ordering::Relaxed);
@@ -257,10 +259,10 @@ impl Server {
             }
         };
         let admission = self.remember().admit(&frame.unique_id);
-        let acked = delivery.ack(BasicAckOptions::default()).await;
+        let acked = ack(channel, &delivery);
         match admission {
             Admission::Fresh => {
-                if !matches!(acked, Ok(true)) {
+                if !acked {
                     // The broker still has it, and will deliver it again, maybe elsewhere.
                     self.remember().forget(&frame.unique_id);
                     return;

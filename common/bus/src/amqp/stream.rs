@@ -17,8 +17,8 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::amqp::body::offset_of;
 use crate::amqp::client::{Needs, send};
+use crate::amqp::delivery::offset_of;
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, Session, short};

@@ -1,8 +1,12 @@
-//! The body of a delivery, unpacked where its sender packed it, and its place in a stream.
+//! Deliveries: their bodies, unpacked where their senders packed them, their places in a stream,
+//! and how they are acknowledged.
 
 use std::borrow::Cow;
 
+use futures_util::FutureExt;
+use lapin::Channel;
 use lapin::message::Delivery;
+use lapin::options::BasicAckOptions;
 use lapin::types::AMQPValue;
 
 use crate::{BusError, wire};
@@ -28,4 +32,11 @@ pub(super) fn offset_of(delivery: &Delivery) -> Option<u64> {
         AMQPValue::LongUInt(offset) => Some(u64::from(*offset)),
         _ => None,
     }
+}
+
+/// Acknowledges a delivery of the channel: hands that to the connection, and waits for nobody, for
+/// that the bytes were written says little more. Returns whether the channel took it.
+pub(super) fn ack(channel: &Channel, delivery: &Delivery) -> bool {
+    let acking = channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+    !matches!(acking.now_or_never(), Some(Err(_)))
 }
