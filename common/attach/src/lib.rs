@@ -161,8 +161,19 @@ pub async fn attach(connection: &Connection, volume: VolumeId) -> Result<PathBuf
         }
     };
     let path = sysfs.verified(&device, volume)?;
-    within("its node in /dev", || Ok(path.exists().then_some(()))).await?;
+    within("it to open", || opens(&path)).await?;
     Ok(path)
+}
+
+/// Whether a device can be opened. It is seen in sysfs before, and its node is in /dev.
+fn opens(path: &Path) -> Result<Option<()>, AttachError> {
+    match File::open(path) {
+        Ok(_closed_again) => Ok(Some(())),
+        Err(error) => match error.raw_os_error() {
+            Some(nix::libc::ENOENT | nix::libc::ENXIO | nix::libc::ENODEV) => Ok(None),
+            _ => Err(failed("open", path)(error)),
+        },
+    }
 }
 
 /// Takes a volume's device away from this host, in the order that loses nothing. What is detached
@@ -384,6 +395,20 @@ mod tests {
             username: None,
             password: None,
         }
+    }
+
+    #[test]
+    fn a_node_whose_device_is_not_there_yet_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("node");
+        assert_eq!(opens(&path).unwrap(), None);
+        // As a node without a device, a socket says ENXIO.
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert_eq!(File::open(&path).unwrap_err().raw_os_error(), Some(nix::libc::ENXIO));
+        assert_eq!(opens(&path).unwrap(), None);
+        assert_eq!(opens(folder.path()).unwrap(), Some(()));
+        let error = opens(&folder.path().join("node/beneath")).unwrap_err().to_string();
+        assert!(error.contains("cannot open"), "{error}");
     }
 
     #[test]
