@@ -161,7 +161,7 @@ pub async fn attach(connection: &Connection, volume: VolumeId) -> Result<PathBuf
         }
     };
     let path = sysfs.verified(&device, volume)?;
-    within("it to open", || opens(&path)).await?;
+    within(&format!("{} to open", path.display()), || opens(&path)).await?;
     Ok(path)
 }
 
