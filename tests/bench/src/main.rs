@@ -50,6 +50,16 @@ enum Role {
         /// Broker to serve on.
         url: String,
     },
+    /// Make calls and print how fast they were.
+    #[command(hide = true)]
+    RpcCaller {
+        /// Broker to call through.
+        url: String,
+        /// How many in all.
+        calls: usize,
+        /// How many at once.
+        callers: usize,
+    },
     /// Measure the storage agent inside a machine of the lab.
     #[command(hide = true)]
     StorageInside {
@@ -58,12 +68,23 @@ enum Role {
     },
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<ExitCode> {
+fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
+    // As many as agentctl has where it is about calls, else as agents have.
+    let workers = if matches!(arguments.role, Some(Role::RpcCaller { .. })) { 1 } else { 2 };
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    runtime.block_on(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     match arguments.role {
         Some(Role::RpcServer { url }) => {
             rpc::serve(&url).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Role::RpcCaller { url, calls, callers }) => {
+            rpc::call(&url, calls, callers).await?;
             return Ok(ExitCode::SUCCESS);
         }
         Some(Role::StorageInside { figures }) => {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use futures_util::future::{BoxFuture, join_all};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stackhand_bus::amqp::{AmqpOptions, AmqpTransport};
 use stackhand_bus::{CallLimits, Delivered, Failure, Handler, Request, Service, Target, Transport};
@@ -42,7 +42,7 @@ impl Handler for Echo {
     }
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Speed {
     calls_per_second: f64,
     p50_ms: f64,
@@ -67,6 +67,15 @@ pub(crate) async fn serve(url: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Makes calls, and prints how fast they were.
+pub(crate) async fn call(url: &str, calls: usize, callers: usize) -> anyhow::Result<()> {
+    let transport = Arc::new(connect(url)?);
+    let speed = our_speed(&transport, calls, callers).await?;
+    transport.close().await;
+    println!("{}", serde_json::to_string(&speed)?);
+    Ok(())
+}
+
 /// Measures both and compares.
 pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
     // On this thread: the broker ends with the thread that started it.
@@ -78,13 +87,14 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
     let _our_server =
         child(Command::new(std::env::current_exe()?).arg("rpc-server").arg(broker.url()))?;
 
-    let transport = Arc::new(connect(&broker.url())?);
     let mut rows = Vec::new();
     for (callers, calls) in ROUNDS {
         let what = |what: &str| format!("rpc, {callers} at once: {what}");
         let (mut ours, mut all) = (Vec::new(), vec![Vec::new(); theirs.len()]);
         for _ in 0..TURNS {
-            ours.push(our_speed(&transport, calls, callers).await?);
+            let mut caller = Command::new(std::env::current_exe()?);
+            caller.args(["rpc-caller", &broker.url(), &calls.to_string(), &callers.to_string()]);
+            ours.push(figures(&mut caller).await.context("our caller")?);
             for ((python, part), speeds) in theirs.iter().zip(&mut all) {
                 speeds.push(python.speed(&broker.url(), calls / part, callers).await?);
             }
@@ -105,7 +115,6 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
             rows.push(Row::told(&what(&format!("p99 of {name}")), theirs.p99_ms, "ms"));
         }
     }
-    transport.close().await;
     Ok(rows)
 }
 
@@ -155,16 +164,18 @@ impl Python {
     }
 
     async fn speed(&self, url: &str, calls: usize, callers: usize) -> anyhow::Result<Speed> {
-        let output = Command::new(&self.interpreter)
-            .arg(&self.script)
-            .args(["call", url, &self.server, &calls.to_string(), &callers.to_string()])
-            .stderr(Stdio::inherit())
-            .output()
-            .await?;
-        ensure!(output.status.success(), "the caller of {} failed", self.name);
-        serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("the caller of {} printed no figures", self.name))
+        let mut caller = Command::new(&self.interpreter);
+        let (calls, callers) = (calls.to_string(), callers.to_string());
+        caller.arg(&self.script).args(["call", url, &self.server, &calls, &callers]);
+        figures(&mut caller).await.with_context(|| format!("the caller of {}", self.name))
     }
+}
+
+/// What a caller prints.
+async fn figures(caller: &mut Command) -> anyhow::Result<Speed> {
+    let output = caller.stderr(Stdio::inherit()).output().await?;
+    ensure!(output.status.success(), "it failed");
+    serde_json::from_slice(&output.stdout).context("it printed no figures")
 }
 
 async fn our_speed(

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use crate::amqp::delivery::{ack, body};
+use crate::amqp::delivery::{Taken, body};
 use crate::amqp::link::Shared;
 use crate::amqp::options::seconds;
 use crate::amqp::session::{DeclareError, Outgoing, SendError, Session, short};
@@ -23,6 +23,9 @@ use crate::{BusError, CallLimits, Failure, Notification, Request, Target};
 /// After a reconnect, how long to look for an answer that the broker kept for us before a
 /// confirmed call is sent again.
 const KEPT_ANSWER: Duration = Duration::from_millis(300);
+
+/// How many answers the broker sends ahead of their acknowledgement.
+const PREFETCH: u16 = 256;
 
 /// Between attempts to reach a target that has no queue.
 const NO_QUEUE_PAUSE: Duration = Duration::from_millis(250);
@@ -127,7 +130,7 @@ impl ReplyBook {
         session.declare_queue(&transient_queue(self.queue.clone(), &shared.options)).await?;
         let channel = session.channel().await?;
         let consuming = async {
-            channel.basic_qos(256, BasicQosOptions::default()).await?;
+            channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             let queue = short(&self.queue)?;
             channel.basic_consume(queue, "1".into(), options, FieldTable::default()).await
@@ -137,10 +140,15 @@ impl ReplyBook {
             .map_err(|error| session.refused(&format!("consumer of {}", self.queue), &error))?;
         let (shared, session) = (Arc::clone(shared), Arc::clone(session));
         tokio::spawn(async move {
+            let mut taken = Taken::at_most(PREFETCH / 4);
             loop {
                 let delivery = tokio::select! {
                     () = session.over() => return,
                     delivery = answers.next() => delivery,
+                    () = taken.due() => {
+                        taken.acknowledge(&channel);
+                        continue;
+                    }
                 };
                 let Some(Ok(delivery)) = delivery else {
                     session.end("the broker cancelled the consumer of the reply queue");
@@ -157,9 +165,8 @@ impl ReplyBook {
                         tracing::warn!(%error, "answer dropped");
                     }
                 }
-                // Last, so that whoever waits goes on at once. A lost ack only means that the
-                // answer comes again, and is unknown then.
-                let _ = ack(&channel, &delivery);
+                // Last, so that whoever waits goes on at once. One that comes again is unknown then.
+                taken.add(&channel, &delivery);
             }
         });
         Ok(())
