@@ -154,7 +154,7 @@ impl NetworkAgent {
         let host = Arc::new(NetlinkHost::new());
         let watcher = Watcher::start(Arc::new(heard), host.freshness());
         let watcher = watcher.map_err(StartProblem::Listen)?;
-        let firewall = KernelFirewall::open(host.write_count());
+        let firewall = KernelFirewall::open(host.write_count(), local.firewall);
         Ok(Self {
             local,
             grace,
@@ -297,6 +297,7 @@ impl NetworkAgent {
     async fn guard(&self, wish: &HostWish, cause: Cause) -> Option<String> {
         self.watcher.ignore_nft();
         let enforced = self.guarding.enforce(&wish.firewall).await;
+        self.watcher.heed_xtables(self.guarding.uses_iptables().await);
         self.watcher.heed_nft().await;
         match enforced {
             Ok(done) => {
@@ -404,9 +405,9 @@ impl NetworkAgent {
         let mut wish = host_wish(desired, &self.local, seen);
         wish.firewall.zones = zones;
         if !wish.firewall.guards.is_empty()
-            && let Ok(tracking) = self.guarding.tracking().await
+            && let Ok(means) = self.guarding.means().await
         {
-            guarding::show_to_ip(&mut wish.l2, &wish.firewall, tracking);
+            guarding::show_to_ip(&mut wish.l2, &wish.firewall, means);
         }
         wish
     }
@@ -615,6 +616,7 @@ pub(crate) fn local(host: &str, settings: &NetworkSettings) -> Result<Local, Sta
             None => resolv_conf(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
         },
         takeover: settings.takeover,
+        firewall: settings.firewall,
     })
 }
 

@@ -13,7 +13,7 @@ use stackhand_runtime::preflight::{Check, Finding};
 
 use crate::firewall::netlink::KernelFirewall;
 use crate::probe;
-use crate::settings::NetworkSettings;
+use crate::settings::{NetworkSettings, Renderer};
 
 /// Capabilities by number, and what each is for.
 const CAPABILITIES: [(u8, &str, &str); 4] = [
@@ -28,6 +28,7 @@ const CAPABILITIES: [(u8, &str, &str); 4] = [
 pub fn checks(loaded: &Loaded<NetworkSettings>) -> Vec<Check> {
     let settings = loaded.settings.agent.clone();
     let mappings = settings.bridge_mappings.clone();
+    let renderer = settings.firewall;
     vec![
         Check::blocking("privileges", privileges),
         Check::blocking("tap-device", tap_device),
@@ -35,7 +36,7 @@ pub fn checks(loaded: &Loaded<NetworkSettings>) -> Vec<Check> {
         Check::blocking("bridge-filter", bridge_filter),
         Check::blocking("link-owner", move || owner::check(&mappings, Path::new("/"))),
         Check::new("link-kinds", link_kinds),
-        Check::new("firewall", firewall),
+        Check::new("firewall", move || firewall(renderer)),
     ]
 }
 
@@ -88,22 +89,21 @@ fn tap_user(settings: &NetworkSettings) -> Vec<Finding> {
     }]
 }
 
-async fn firewall() -> Vec<Finding> {
-    let tracking = match KernelFirewall::open(WriteCount::default()) {
+async fn firewall(renderer: Renderer) -> Vec<Finding> {
+    let means = match KernelFirewall::open(WriteCount::default(), renderer) {
         Ok(firewall) => firewall.probe().await,
         Err(error) => Err(error.into()),
     };
-    vec![match tracking {
-        Ok(tracking) => Finding::pass(
+    vec![match means {
+        Ok(means) => Finding::pass(
             "firewall",
-            format!(
-                "security groups and anti-spoofing can be enforced; flows are tracked by {tracking}"
-            ),
+            format!("security groups and anti-spoofing can be enforced: {means}"),
         ),
         Err(error) => Finding::failure(
             "firewall",
             format!("ports cannot be filtered, and so will not come up: {}", Chain(&error)),
-            "install nftables 1.0.6 or later, and load the module nf_conntrack_bridge or br_netfilter",
+            "install nftables 1.0.6 or later, and load the module nf_conntrack_bridge or br_netfilter; \
+             or iptables, ebtables and ipset, and load br_netfilter",
         ),
     }]
 }

@@ -33,6 +33,7 @@ use crate::l3;
 use crate::names::{self, Mark};
 use crate::qos::{self, PacketRules};
 use crate::services::Site;
+use crate::settings::Renderer;
 
 pub(crate) use guests::guest_id;
 pub use routers::{RouterLink, RouterService};
@@ -56,6 +57,8 @@ pub struct Local {
     pub dns_forwarders: Vec<IpAddr>,
     /// Whether links of OpenStack's Linux bridge agent are adopted.
     pub takeover: bool,
+    /// What is to enforce security groups.
+    pub firewall: Renderer,
 }
 
 /// Everything that is wanted of this host.

@@ -15,6 +15,9 @@
 //! map or set keyed by the tap's name, so that another port of known groups costs a few elements.
 //! [`Ruleset::plan`] compares two rulesets. [`FirewallHost`] is the seam.
 //!
+//! Kernels without nftables' bridge family get the same by [`xtables`], the second renderer; which of
+//! them is used is found by a probe, and told ([`Means`]).
+//!
 //! Answers of allowed flows pass because the kernel tracks flows. Where it tracks them on bridges,
 //! the rules ask it; where it does not, `br_netfilter` shows bridged packets to a small `inet` table
 //! that tells what it knows by a mark on the packet ([`Tracking`], decision 9).
@@ -47,12 +50,15 @@ mod render;
 mod ruleset;
 #[cfg(test)]
 mod tests;
+mod xtables;
 
 pub use enforce::{Done, Enforcer};
 pub use judge::{Packet, Transport, Verdict};
 pub use model::{Guard, Model, Touched};
 pub use render::{Rendered, render, zones_of};
-pub use ruleset::{Chain, Edit, Field, NAMES, Plan, Ruleset, Set, TableName, Target};
+pub use ruleset::{
+    Chain, Edit, Field, NAMES, Plan, Ruleset, Set, TableName, Target, XTABLES_NAMES,
+};
 
 /// Where the kernel tracks flows of bridged packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -73,6 +79,41 @@ impl fmt::Display for Tracking {
     }
 }
 
+/// What enforces the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Means {
+    /// nftables' bridge family.
+    Nftables(Tracking),
+    /// `iptables` with `physdev`, `ebtables` and `ipset`.
+    Iptables,
+}
+
+impl Means {
+    /// The renderer's name, as facts and settings have it.
+    #[must_use]
+    pub fn renderer(self) -> &'static str {
+        match self {
+            Self::Nftables(_) => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+
+    /// Where flows are tracked.
+    #[must_use]
+    pub fn tracking(self) -> Tracking {
+        match self {
+            Self::Nftables(tracking) => tracking,
+            Self::Iptables => Tracking::BrNetfilter,
+        }
+    }
+}
+
+impl fmt::Display for Means {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, flows tracked by {}", self.renderer(), self.tracking())
+    }
+}
+
 /// Why the firewall could not be looked at or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum FirewallError {
@@ -82,6 +123,9 @@ pub enum FirewallError {
     /// `nft` could not load a script.
     #[error("nft did not take the rules")]
     Nft(#[source] Box<ExecError>),
+    /// `iptables` or one of its kin could not list or load rules.
+    #[error("the rules could not be listed or changed")]
+    Xtables(#[from] ExecError),
     /// The kernel lacks something that no firewall can do without.
     #[error("{0}")]
     Unable(String),

@@ -37,6 +37,23 @@ pub struct NetworkSettings {
     /// wanted under their name, and its filter is removed once ours is in force. Default: no, such a
     /// link is an error on the object that wants its name.
     pub takeover: bool,
+    /// What enforces security groups: `nftables`, `iptables`, or `auto`, which takes nftables' bridge
+    /// family where the kernel has it, else iptables with physdev, ebtables and ipset. Default:
+    /// `auto`.
+    pub firewall: Renderer,
+}
+
+/// What is to enforce security groups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Renderer {
+    /// What the kernel can.
+    #[default]
+    Auto,
+    /// nftables' bridge family and nothing else.
+    Nftables,
+    /// `iptables`, `ebtables` and `ipset`, even where nftables would do.
+    Iptables,
 }
 
 impl Default for NetworkSettings {
@@ -52,6 +69,7 @@ impl Default for NetworkSettings {
             dns_forwarders: None,
             orphan_grace_seconds: 60,
             takeover: false,
+            firewall: Renderer::Auto,
         }
     }
 }

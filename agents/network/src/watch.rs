@@ -16,6 +16,7 @@ use stackhand_kernel::{KernelError, Netns, NetnsId};
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
+use crate::firewall::{NAMES, XTABLES_NAMES};
 use crate::freshness::Freshness;
 use crate::names;
 
@@ -41,6 +42,8 @@ struct Signal {
     dirty: AtomicBool,
     /// Changes of nftables are our own just now.
     ignores_nft: AtomicBool,
+    /// Our rules are in tables of `iptables`.
+    heeds_xtables: AtomicBool,
     /// Numbers of the host's links whose neighbours are ours to set.
     answering: Mutex<BTreeSet<u32>>,
     wake: Wake,
@@ -87,6 +90,7 @@ impl Watcher {
         let signal = Arc::new(Signal {
             dirty: AtomicBool::new(false),
             ignores_nft: AtomicBool::new(false),
+            heeds_xtables: AtomicBool::new(false),
             answering: Mutex::default(),
             wake,
         });
@@ -99,6 +103,11 @@ impl Watcher {
     /// The caller changes nftables now: what is heard of it is no news.
     pub(crate) fn ignore_nft(&self) {
         self.signal.ignores_nft.store(true, Ordering::Release);
+    }
+
+    /// Changes of the tables of `iptables` concern the caller, or do not.
+    pub(crate) fn heed_xtables(&self, heeds: bool) {
+        self.signal.heeds_xtables.store(heeds, Ordering::Release);
     }
 
     /// The caller has done so. What others changed meanwhile is for the caller to find out.
@@ -220,11 +229,13 @@ async fn listen_to_rules(mut monitor: NftMonitor, signal: Arc<Signal>, place: Pl
     place.freshness.deaf(&place.space);
 }
 
-/// Listens to changes of the tables that bear our name.
+/// Listens to changes of the tables that bear our name, and of those in which `iptables` keeps rules.
 async fn listen_to_nft(mut monitor: NftMonitor, signal: Arc<Signal>) {
+    let names: Vec<&str> = NAMES.into_iter().chain(XTABLES_NAMES).collect();
     loop {
-        while monitor.next_of(&crate::firewall::NAMES).await.is_some() {
-            if !signal.ignores_nft.load(Ordering::Acquire) {
+        while let Some(table) = monitor.next_of(&names).await {
+            let of_ours = NAMES.contains(&table) || signal.heeds_xtables.load(Ordering::Acquire);
+            if of_ours && !signal.ignores_nft.load(Ordering::Acquire) {
                 debug!("somebody changed the firewall");
                 signal.heard();
             }

@@ -1,7 +1,7 @@
 //! The firewall on the real kernel, with guests that send what they like.
 //!
-//! The tests in `matrix` run on this host's kernel, and once more in the lab, on one that tracks
-//! flows of bridged packets itself: both ways to learn of answers do the same.
+//! The tests in `matrix` run on this host's kernel, once with each renderer, and twice more in the
+//! lab: on a kernel that tracks flows of bridged packets itself, and without nftables. All do the same.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
@@ -18,8 +18,8 @@ use stackhand_runtime::agent::Agent;
 use support::{agent, on_a_host, short};
 use uuid::Uuid;
 
-/// Names the kind of tracking that the kernel is known to have.
-const EXPECTED: &str = "STACKHAND_EXPECT_TRACKING";
+/// Names what the probe is to find: `iptables`, or where nftables learns of answers.
+const EXPECTED: &str = "STACKHAND_EXPECT_FIREWALL";
 
 mod matrix {
     use std::sync::Arc;
@@ -38,21 +38,51 @@ mod matrix {
         Ends { from_mac: mac_of(from.0), to_mac: mac_of(to.0), from: from.1, to: to.1 }
     }
 
-    async fn tracking(agent: &NetworkAgent) -> String {
+    /// What the probe found, as facts tell it.
+    async fn found(agent: &NetworkAgent) -> String {
         let facts = agent.facts().await;
         assert_eq!(facts["firewall"]["enforced"], json!(true), "{facts}");
-        let tracking = facts["firewall"]["tracking"].as_str().unwrap().to_owned();
-        if let Ok(expected) = std::env::var(EXPECTED) {
-            assert_eq!(tracking, expected);
+        let told = |key: &str| facts["firewall"][key].as_str().unwrap().to_owned();
+        let found =
+            if told("renderer") == "iptables" { told("renderer") } else { told("tracking") };
+        if let Ok(expected) = std::env::var(EXPECTED).or_else(|_| std::env::var(support::RENDERER))
+        {
+            assert_eq!(found, expected);
         }
-        tracking
+        found
+    }
+
+    /// The program of this name that works here.
+    async fn program(name: &str) -> String {
+        let legacy = format!("{name}-legacy");
+        if try_run(&format!("{name} -L")).await.is_ok() { name.to_owned() } else { legacy }
+    }
+
+    /// What `iptables` and its kin hold that is ours, or that a test put there.
+    async fn saved() -> String {
+        let mut all = String::new();
+        for name in ["iptables", "ip6tables", "ebtables"] {
+            let name = program(name).await;
+            let saved = match name.as_str() {
+                "ebtables-legacy" => {
+                    run(&format!("{name} -t nat -L")).await + &run(&format!("{name} -L")).await
+                }
+                _ => run(&format!("{name}-save")).await,
+            };
+            // Which tables there are is others' doing.
+            let counts = |it: &&str| {
+                ["stackhand", "foreign", "203.0.113."].iter().any(|word| it.contains(word))
+            };
+            all.extend(saved.lines().filter(counts).map(|it| format!("{it}\n")));
+        }
+        all + &run("ipset list -name").await
     }
 
     #[test]
     fn what_no_rule_allows_is_dropped_and_answers_of_what_one_allows_pass() {
         on_a_host(|| async {
             let (agent, _) = agent("one");
-            tracking(&agent).await;
+            found(&agent).await;
             let mut site = Site::new();
             let ping = site.group(&json!([
                 {"direction": "ingress", "protocol": "ICMP"},
@@ -381,9 +411,16 @@ mod matrix {
             // A port goes administratively down: nothing passes it any more.
             site.port(12, &[out], &json!({"admin_up": false}));
             site.settle(&agent).await;
-            let receivers = run("nft list map bridge stackhand receivers").await;
-            let shut = format!("\"tap{}\" : drop", short(site.id(12).unwrap()));
-            assert!(receivers.contains(&shut), "{receivers}");
+            let tap = format!("tap{}", short(site.id(12).unwrap()));
+            if found(&agent).await == "iptables" {
+                let saved = saved().await;
+                let line = |it: &&str| it.starts_with(&format!("-A stackhand-pi-{tap} "));
+                let shut: Vec<&str> = saved.lines().filter(line).collect();
+                assert!(shut.len() >= 2 && shut.iter().all(|it| it.ends_with("DROP")), "{saved}");
+            } else {
+                let receivers = run("nft list map bridge stackhand receivers").await;
+                assert!(receivers.contains(&format!("\"{tap}\" : drop")), "{receivers}");
+            }
             site.documents.rest(&agent).await;
         });
     }
@@ -453,8 +490,25 @@ mod matrix {
             site.port(11, &[open], &json!({"port_security": false}));
             let (_, b) = site.guest(11).await;
             site.settle(&agent).await;
-            run("nft add table inet foreign").await;
-            run("nft add table bridge foreign").await;
+            let foreign = if found(&agent).await == "iptables" {
+                vec![
+                    format!("{} -A INPUT -s 203.0.113.9 -j DROP", program("iptables").await),
+                    format!("{} -N foreign", program("ip6tables").await),
+                    format!(
+                        "{} -t nat -A PREROUTING -i foreign -j DROP",
+                        program("ebtables").await
+                    ),
+                    "ipset create foreign hash:ip".to_owned(),
+                ]
+            } else {
+                vec![
+                    "nft add table inet foreign".to_owned(),
+                    "nft add table bridge foreign".to_owned(),
+                ]
+            };
+            for command in &foreign {
+                run(command).await;
+            }
             site.port(10, &[open], &json!({}));
             let (_, a) = site.guest(10).await;
             let bad = ends((10, "10.7.0.66"), (11, "10.7.0.11")).udp(1, 2, "spoofed");
@@ -476,9 +530,19 @@ mod matrix {
             site.documents.delete(object);
             let report = site.documents.pass(&agent).await;
             assert_eq!(report.outcomes[&object], Outcome::Gone);
-            let tables = run("nft list tables").await;
-            assert!(!tables.contains("stackhand"), "with the last filtered port: {tables}");
-            assert_eq!(tables.matches("foreign").count(), 2, "{tables}");
+            if found(&agent).await == "iptables" {
+                let saved = saved().await;
+                assert!(!saved.contains("stackhand"), "with the last filtered port: {saved}");
+                assert!(
+                    saved.contains("-s 203.0.113.9") && saved.contains("-i foreign"),
+                    "{saved}"
+                );
+                assert!(saved.contains(":foreign ") && saved.ends_with("foreign\n"), "{saved}");
+            } else {
+                let tables = run("nft list tables").await;
+                assert!(!tables.contains("stackhand"), "with the last filtered port: {tables}");
+                assert_eq!(tables.matches("foreign").count(), 2, "{tables}");
+            }
         });
     }
 
@@ -497,7 +561,11 @@ mod matrix {
             site.port(11, &[open], &json!({}));
             let ((guest, _), (_, _)) = (site.guest(10).await, site.guest(11).await);
             site.settle(&agent).await;
+            let iptables = found(&agent).await == "iptables";
             let whole = || async {
+                if iptables {
+                    return vec![Some(saved().await)];
+                }
                 let mut listing = Vec::new();
                 for family in ["bridge", "inet"] {
                     listing.push(try_run(&format!("nft list table {family} stackhand")).await.ok());
@@ -506,7 +574,7 @@ mod matrix {
             };
             let before = whole().await;
             let tap = format!("tap{}", short(port));
-            let damages = [
+            let of_nft = [
                 ("nft delete table bridge stackhand".to_owned(), "create table bridge stackhand"),
                 ("nft flush table bridge stackhand".to_owned(), "rules of chain guard4"),
                 ("nft flush chain bridge stackhand ingress".to_owned(), "chain ingress"),
@@ -527,6 +595,25 @@ mod matrix {
                     "create table bridge stackhand",
                 ),
             ];
+            let v4 = program("iptables").await;
+            // The old programs' changes make no news: only the next pass finds them.
+            let is_news = !v4.ends_with("-legacy");
+            let (v6, frames) = (program("ip6tables").await, program("ebtables").await);
+            let group = &open.simple().to_string()[..15];
+            let of_iptables = [
+                (format!("{v4} -D FORWARD 1"), "chain FORWARD of iptables filter"),
+                (format!("{v4} -I FORWARD -j ACCEPT"), "chain FORWARD of iptables filter"),
+                (format!("{v6} -F stackhand-pi-{tap}"), "of ip6tables filter"),
+                (format!("{v4} -I stackhand-gi-{group} -j DROP"), "of iptables filter"),
+                (format!("{v4} -t raw -F"), "chain PREROUTING of iptables raw"),
+                (format!("{frames} -t nat -F stackhand-ma-{tap}"), "of ebtables nat"),
+                (
+                    format!("{frames} -t nat -I stackhand-is-{tap} -s 02:00:00:00:00:01 -j ACCEPT"),
+                    "of ebtables nat",
+                ),
+                (format!("{v4} -N stackhand-guest"), "delete chain stackhand-guest"),
+            ];
+            let damages = if iptables { of_iptables } else { of_nft };
             for (damage, told) in damages {
                 while tokio::time::timeout(Duration::from_millis(60), heard.notified())
                     .await
@@ -535,9 +622,11 @@ mod matrix {
                 let since = events.since(0, 10_000).events.len();
                 let begin = Instant::now();
                 run(&damage).await;
-                tokio::time::timeout(Duration::from_secs(1), heard.notified())
-                    .await
-                    .expect(&damage);
+                if !iptables || is_news {
+                    tokio::time::timeout(Duration::from_secs(1), heard.notified())
+                        .await
+                        .expect(&damage);
+                }
                 let report = site.documents.pass_because(&agent, Cause::Host).await;
                 assert!(report.writes > 0, "{damage}");
                 // A busy machine may take longer to run nft; what is ours to bound is bounded above.
@@ -546,6 +635,10 @@ mod matrix {
                 let new: Vec<_> = all[since..].iter().map(|event| event.message.clone()).collect();
                 assert!(new.iter().any(|message| message.contains(told)), "{damage}: {new:?}");
                 assert_eq!(whole().await, before, "{damage}");
+                if iptables {
+                    let first = run(&format!("{v4} -S FORWARD 1")).await;
+                    assert!(first.contains("stackhand-forward"), "{damage}: {first}");
+                }
             }
             assert!(guest.reaches(&four(11)).await);
             site.documents.rest(&agent).await;
@@ -553,15 +646,38 @@ mod matrix {
     }
 }
 
+mod iptables {
+    use super::*;
+
+    #[test]
+    fn the_same_holds_with_iptables() {
+        support::again_with_iptables("matrix::");
+    }
+}
+
 mod lab {
     use super::*;
 
-    /// One boot for all of them.
     #[test]
     fn the_same_holds_where_the_kernel_tracks_flows_on_bridges() {
+        in_a_machine("bridge", "modprobe -a nf_conntrack_bridge nf_tables nft_ct veth tun bridge");
+    }
+
+    /// Where nothing but the old programs works.
+    #[test]
+    fn the_same_holds_where_the_kernel_has_no_nftables() {
+        in_a_machine(
+            "iptables",
+            "echo 'install nf_tables /bin/false' >/etc/modprobe.d/no-nftables.conf && \
+             modprobe -a br_netfilter ebtables veth tun bridge ip_set_hash_net && \
+             ! nft list tables 2>/dev/null",
+        );
+    }
+
+    /// One boot for all tests of the matrix.
+    fn in_a_machine(expected: &str, begin: &str) {
         let runner = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/lab/run");
-        let script = "modprobe -a nf_conntrack_bridge nf_tables nft_ct veth tun bridge && \
-                      exec \"$0\" --test-threads=2 matrix::";
+        let script = format!("{begin} && exec \"$0\" --test-threads=2 matrix::");
         let mut command = assert_cmd::Command::new(runner);
         let this = std::env::current_exe().unwrap();
         let output = command
@@ -570,10 +686,10 @@ mod lab {
                 "280",
                 "--",
                 "env",
-                &format!("{EXPECTED}=bridge"),
+                &format!("{EXPECTED}={expected}"),
                 "sh",
                 "-c",
-                script,
+                &script,
             ])
             .arg(this)
             .timeout(Duration::from_secs(290))

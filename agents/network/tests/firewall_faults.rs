@@ -13,14 +13,11 @@ use serde_json::{Value, json};
 use stackhand_kernel::netlink::WriteCount;
 use stackhand_network::desired::host_wish;
 use stackhand_network::firewall::netlink::KernelFirewall;
-use stackhand_network::firewall::{FirewallHost, Plan, Rendered, render, zones_of};
+use stackhand_network::firewall::{Edit, FirewallHost, Means, Plan, Rendered};
 use stackhand_network::l2::HostNet;
 use stackhand_network::l2::netlink::NetlinkHost;
 use support::{Documents, agent, local, on_a_host, run};
 use uuid::Uuid;
-
-/// What a plan is made of: each is one transaction.
-const STAGES: usize = 3;
 
 const GROUP: Uuid = Uuid::from_u128(0xa1 << 64);
 const OTHER: Uuid = Uuid::from_u128(0xa2 << 64);
@@ -48,23 +45,79 @@ fn joined(one: &Value, other: &Value) -> Value {
     one.as_array().unwrap().iter().chain(other.as_array().unwrap()).cloned().collect()
 }
 
-/// Makes the first stages of what it takes to get to what `documents` ask for.
-async fn begin(documents: &Documents, stages: usize) -> usize {
-    let firewall = KernelFirewall::open(WriteCount::default()).unwrap();
-    let tracking = firewall.probe().await.unwrap();
+/// Makes the first steps of what it takes to get to what `documents` ask for. Returns how many there
+/// are.
+async fn begin(documents: &Documents, first: usize) -> usize {
+    let local = local("one");
+    let firewall = KernelFirewall::open(WriteCount::default(), local.firewall).unwrap();
+    let means = firewall.probe().await.unwrap();
     let seen = NetlinkHost::new().observe().await.unwrap();
-    let model = host_wish(&documents.desired(), &local("one"), &seen).firewall;
+    let model = host_wish(&documents.desired(), &local, &seen).firewall;
     let there = firewall.observe().await.unwrap();
-    let zones = zones_of(&model, &there);
-    let wanted = render(&model, tracking, &zones, &mut Rendered::default(), None);
-    let Plan { before, elements, after } = wanted.plan(&there, &model.spared);
-    let work = [&before, &elements, &after].iter().filter(|stage| !stage.is_empty()).count();
-    let until = |stage, edits| if stages > stage { edits } else { Vec::new() };
-    let part =
-        Plan { before: until(0, before), elements: until(1, elements), after: until(2, after) };
+    let wanted = means.tables(&model, &there, &mut Rendered::default(), None);
+    let steps = steps(wanted.plan(&there, &model.spared));
     drop(there);
-    firewall.apply(&part).await.unwrap();
-    work
+    for step in steps.iter().take(first) {
+        firewall.apply(step).await.unwrap();
+    }
+    steps.len()
+}
+
+/// What a plan is made of: each is one transaction, or less where iptables loads two tables at once.
+fn steps(plan: Plan) -> Vec<Plan> {
+    let Plan { before, elements, after } = plan;
+    let parts = |edits: Vec<Edit>, new: &dyn Fn(Vec<Edit>) -> Plan| {
+        let alike = |one: &Edit, other: &Edit| {
+            one.table() == other.table() || one.table().family().is_some()
+        };
+        edits.chunk_by(alike).map(|edits| new(edits.to_vec())).collect::<Vec<Plan>>()
+    };
+    let mut steps = parts(before, &|before| Plan { before, ..Plan::default() });
+    steps.extend(parts(elements, &|elements| Plan { elements, ..Plan::default() }));
+    // What goes, goes in the opposite order: what nothing uses any more first.
+    steps.extend(parts(after, &|after| Plan { after, ..Plan::default() }).into_iter().rev());
+    steps
+}
+
+/// What is in force.
+async fn listing(means: Means) -> String {
+    match means {
+        Means::Nftables(_) => run("nft list table bridge stackhand").await,
+        Means::Iptables => {
+            let mut all = String::new();
+            for program in ["iptables-save", "ip6tables-save", "ebtables-save"] {
+                let saved = run(program).await;
+                all.extend(
+                    saved.lines().filter(|it| !it.starts_with('#')).map(|it| format!("{it}\n")),
+                );
+            }
+            let sets = run("ipset save").await;
+            all.extend(
+                sets.lines().filter(|it| it.starts_with("add ")).map(|it| format!("{it}\n")),
+            );
+            all
+        }
+    }
+}
+
+/// Somebody deletes it.
+async fn wipe(means: Means) {
+    match means {
+        Means::Nftables(_) => drop(run("nft delete table bridge stackhand").await),
+        Means::Iptables => {
+            for program in ["iptables", "ip6tables"] {
+                for table in ["raw", "filter"] {
+                    run(&format!("{program} -t {table} -F")).await;
+                    run(&format!("{program} -t {table} -X")).await;
+                }
+            }
+            for table in ["nat", "filter"] {
+                run(&format!("ebtables -t {table} -F")).await;
+                run(&format!("ebtables -t {table} -X")).await;
+            }
+            run("ipset destroy").await;
+        }
+    }
 }
 
 /// A listing, in which nothing depends on what was made first.
@@ -75,11 +128,12 @@ fn sorted(rules: &str) -> Vec<&str> {
 }
 
 #[test]
-fn a_firewall_that_was_changed_up_to_any_stage_is_finished_by_the_next_agent() {
-    for (after, reached) in [(false, 2), (true, 3)] {
-        for stages in 0..=STAGES {
-            let work = Arc::new(Mutex::new(0));
-            let seen = Arc::clone(&work);
+fn a_firewall_that_was_changed_up_to_any_step_is_finished_by_the_next_agent() {
+    for after in [false, true] {
+        let mut first = 0;
+        loop {
+            let all = Arc::new(Mutex::new(0));
+            let told = Arc::clone(&all);
             on_a_host(|| async move {
                 let site = site(after);
                 if after {
@@ -92,17 +146,29 @@ fn a_firewall_that_was_changed_up_to_any_stage_is_finished_by_the_next_agent() {
                 } else {
                     drop((site.guest(10).await, site.guest(11).await));
                 }
-                *seen.lock().unwrap() = begin(&site.documents, stages).await;
+                *told.lock().unwrap() = begin(&site.documents, first).await;
                 let (agent, _) = agent("one");
                 site.settle(&agent).await;
                 site.documents.rest(&agent).await;
-                let rules = run("nft list table bridge stackhand").await;
+                let firewall = KernelFirewall::open(WriteCount::default(), local("one").firewall);
+                let means = firewall.unwrap().probe().await.unwrap();
+                let rules = listing(means).await;
                 // What is in force is what an agent makes that starts from nothing.
-                run("nft delete table bridge stackhand").await;
+                wipe(means).await;
                 site.settle(&agent).await;
-                assert_eq!(sorted(&run("nft list table bridge stackhand").await), sorted(&rules));
+                assert_eq!(sorted(&listing(means).await), sorted(&rules));
             });
-            assert_eq!(*work.lock().unwrap(), reached, "stages that have work");
+            let all = *all.lock().unwrap();
+            assert!(all >= 2, "steps that have work: {all}");
+            if first >= all {
+                break;
+            }
+            first += 1;
         }
     }
+}
+
+#[test]
+fn so_is_one_of_iptables() {
+    support::again_with_iptables("a_firewall_that_was");
 }

@@ -15,6 +15,7 @@ mod slow {
     use stackhand_network::firewall::model::Surroundings;
     use stackhand_network::firewall::netlink::KernelFirewall;
     use stackhand_network::firewall::{Enforcer, Model};
+    use stackhand_network::settings::Renderer;
     use uuid::Uuid;
 
     use crate::support::{Documents, on_a_host};
@@ -85,7 +86,7 @@ mod slow {
                 put_port(&mut documents, net, number, &[friends, group]);
             }
             let writes = WriteCount::default();
-            let host = KernelFirewall::open(writes.clone()).unwrap();
+            let host = KernelFirewall::open(writes.clone(), Renderer::Auto).unwrap();
             let tracking = host.probe().await.unwrap();
             let mut enforcer = Enforcer::new(host, tracking);
             let begin = Instant::now();

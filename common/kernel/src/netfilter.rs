@@ -253,12 +253,14 @@ impl NftMonitor {
 
     /// Returns when something of a table with one of these names, of whatever family, changed;
     /// `None` once the socket fails.
-    pub async fn next_of(&mut self, names: &[&str]) -> Option<()> {
+    pub async fn next_of<'n>(&mut self, names: &[&'n str]) -> Option<&'n str> {
         let mut piece = Vec::with_capacity(PIECE);
         loop {
             piece.clear();
             match poll_fn(|context| self.0.poll_recv(context, &mut piece)).await {
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => return Some(()),
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
+                    return names.first().copied();
+                }
                 Err(_) => return None,
                 Ok(_) => {}
             }
@@ -267,10 +269,10 @@ impl NftMonitor {
                 // The kernel tells the end of a transaction, too, which names no table.
                 if message.kind != NEW_GENERATION
                     && let Some((_, attributes)) = message.body.split_at_checked(4)
-                    && attribute::text(attributes, nft::TABLE)
-                        .is_some_and(|table| names.contains(&table))
+                    && let Some(table) = attribute::text(attributes, nft::TABLE)
+                    && let Some(name) = names.iter().find(|name| **name == table)
                 {
-                    return Some(());
+                    return Some(name);
                 }
             }
         }

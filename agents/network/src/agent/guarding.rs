@@ -9,7 +9,7 @@ use stackhand_model::ObjectRef;
 use tokio::sync::Mutex;
 
 use crate::firewall::netlink::KernelFirewall;
-use crate::firewall::{Done, Enforcer, FirewallError, FirewallHost, Model, Tracking};
+use crate::firewall::{Done, Enforcer, FirewallError, FirewallHost, Means, Model, Tracking};
 use crate::l2::{Make, Wish};
 
 /// The firewall, and what is known of the kernel's abilities.
@@ -51,10 +51,10 @@ impl Guarding {
         Self(Mutex::new(State::Untried(Some(host))))
     }
 
-    /// Where the kernel tracks flows of bridged packets, or why it cannot.
-    pub(super) async fn tracking(&self) -> Result<Tracking, String> {
+    /// What enforces the rules, or why nothing can.
+    pub(super) async fn means(&self) -> Result<Means, String> {
         let mut state = self.0.lock().await;
-        ready(&mut state).await.map(|ready| ready.enforcer.tracking())
+        ready(&mut state).await.map(|ready| ready.enforcer.means())
     }
 
     /// Makes the firewall that of `model`.
@@ -66,6 +66,14 @@ impl Guarding {
         let ready = ready(&mut state).await?;
         let model = ready.possible(model).await;
         ready.enforcer.enforce(&model).await.map_err(|error| Chain(&error).to_string())
+    }
+
+    /// Whether the rules are in tables of `iptables`.
+    pub(super) async fn uses_iptables(&self) -> bool {
+        match &*self.0.lock().await {
+            State::Untried(_) => false,
+            State::Ready(ready) => ready.enforcer.means() == Means::Iptables,
+        }
     }
 
     /// Whether nobody changed the tables since they were enforced.
@@ -100,8 +108,12 @@ impl Guarding {
 
     /// What it is, for controllers.
     pub(super) async fn facts(&self) -> Value {
-        match self.tracking().await {
-            Ok(tracking) => json!({"enforced": true, "tracking": tracking}),
+        match self.means().await {
+            Ok(means) => json!({
+                "enforced": true,
+                "renderer": means.renderer(),
+                "tracking": means.tracking(),
+            }),
             Err(reason) => json!({"enforced": false, "reason": reason}),
         }
     }
@@ -119,14 +131,14 @@ async fn needs(state: &State, model: &Model) -> Result<bool, String> {
 
 async fn ready(state: &mut State) -> Result<&mut Ready, String> {
     if let State::Untried(host) = state {
-        let tracking = match host {
+        let means = match host {
             Some(host) => host.probe().await,
             None => Err(FirewallError::Unable("the firewall is gone".to_owned())),
         };
-        let tracking = tracking.map_err(|error| Chain(&error).to_string())?;
-        tracing::info!(%tracking, "the firewall can be enforced");
+        let means = means.map_err(|error| Chain(&error).to_string())?;
+        tracing::info!(%means, "the firewall can be enforced");
         if let Some(host) = host.take() {
-            let enforcer = Enforcer::new(host, tracking);
+            let enforcer = Enforcer::new(host, means);
             *state = State::Ready(Box::new(Ready { enforcer, limits: None }));
         }
     }
@@ -138,7 +150,7 @@ async fn ready(state: &mut State) -> Result<&mut Ready, String> {
 
 /// Has the bridges of filtered networks show their packets to the IP layer, where flows are tracked
 /// there; and no others.
-pub(super) fn show_to_ip(l2: &mut Wish, model: &Model, tracking: Tracking) {
+pub(super) fn show_to_ip(l2: &mut Wish, model: &Model, means: Means) {
     let bridges: BTreeSet<&str> = model.bridges.values().map(String::as_str).collect();
     for (at, wanted) in &mut l2.links {
         if at.space.is_none()
@@ -146,7 +158,7 @@ pub(super) fn show_to_ip(l2: &mut Wish, model: &Model, tracking: Tracking) {
             && let Some(bridge) = &mut wanted.set.as_bridge
         {
             let filtered = bridges.contains(at.link.as_str());
-            bridge.netfilter = filtered && tracking == Tracking::BrNetfilter;
+            bridge.netfilter = filtered && means.tracking() == Tracking::BrNetfilter;
         }
     }
 }

@@ -7,11 +7,11 @@ use stackhand_model::{Direction, NetworkId, ObjectRef};
 use tracing::warn;
 
 use super::judge::{Packet, Transport};
-use super::model::{ByAddress, Model};
+use super::model::{ByAddress, Model, Touched};
 use super::packets;
 use super::render::{Rendered, render, zones_of};
-use super::ruleset::{Edit, Plan, Ruleset, group_of};
-use super::{FirewallError, FirewallHost, Tracking};
+use super::ruleset::{Edit, Plan, Ruleset, TableName, group_of};
+use super::{FirewallError, FirewallHost, Means, xtables};
 
 /// Changes of one kind to one set that are told one by one.
 const MOST_TOLD: usize = 20;
@@ -20,7 +20,7 @@ const MOST_TOLD: usize = 20;
 #[derive(Debug)]
 pub struct Enforcer<H> {
     host: H,
-    tracking: Tracking,
+    means: Means,
     rendered: Rendered,
     /// What was enforced last, and the tables that are so since; `None`: somebody else may have
     /// changed them meanwhile.
@@ -38,8 +38,8 @@ pub struct Done {
 
 impl<H: FirewallHost> Enforcer<H> {
     /// One that has not looked yet.
-    pub fn new(host: H, tracking: Tracking) -> Self {
-        Self { host, tracking, rendered: Rendered::default(), last: None }
+    pub fn new(host: H, means: Means) -> Self {
+        Self { host, means, rendered: Rendered::default(), last: None }
     }
 
     /// The host.
@@ -52,9 +52,9 @@ impl<H: FirewallHost> Enforcer<H> {
         self.host
     }
 
-    /// Where flows are tracked.
-    pub fn tracking(&self) -> Tracking {
-        self.tracking
+    /// What enforces the rules.
+    pub fn means(&self) -> Means {
+        self.means
     }
 
     /// Whether the tables are those that were enforced last.
@@ -108,10 +108,8 @@ impl<H: FirewallHost> Enforcer<H> {
         if model.guards.is_empty() && !model.spared.is_empty() {
             return Some(Plan::default());
         }
-        let mut tables = |model: &Model, touched| {
-            let zones = zones_of(model, seen);
-            render(model, self.tracking, &zones, &mut self.rendered, touched)
-        };
+        let mut tables =
+            |model: &Model, touched| self.means.tables(model, seen, &mut self.rendered, touched);
         let last = self.last.as_ref().filter(|(_, tables)| Arc::ptr_eq(tables, seen));
         Some(match last {
             Some((last, _)) if last == model => return None,
@@ -155,6 +153,30 @@ impl<H: FirewallHost> Enforcer<H> {
             }
         }
         cut
+    }
+}
+
+impl Means {
+    /// The tables that enforce `model` on a host that has `seen`. With `touched`, elements of other
+    /// ports and groups may be left out: for who compares the tables of two models.
+    #[must_use]
+    pub fn tables(
+        self,
+        model: &Model,
+        seen: &Ruleset,
+        rendered: &mut Rendered,
+        touched: Option<&Touched>,
+    ) -> Ruleset {
+        let zones = zones_of(model, seen);
+        match self {
+            Self::Nftables(tracking) => render(model, tracking, &zones, rendered, touched),
+            Self::Iptables => {
+                let mut tables = xtables::render(model, &zones, &xtables::kept(model, seen));
+                let packets = packets::table(&model.packets, touched);
+                tables.tables.extend(packets.map(|table| (TableName::Packets, table)));
+                tables
+            }
+        }
     }
 }
 
@@ -204,6 +226,7 @@ fn tell(plan: &Plan, model: &Model) -> Vec<(Option<ObjectRef>, String)> {
     for edit in plan.edits() {
         let whole = |text: String, name: &str| {
             let object = || object_of_link(packets::link_of(name)?);
+            let object = || object().or_else(|| xtables::object_of(name, model));
             (group_of(name).or_else(object), format!("firewall: {text}"))
         };
         match edit {

@@ -1,4 +1,4 @@
-//! The firewall of the real kernel.
+//! The firewall of the real kernel: tables of nftables, and those of the second renderer.
 //!
 //! Rules and empty sets are loaded by `nft`, which knows how to write them; elements go by netlink,
 //! because `nft` would read every element of a table before it changed one. What was read is kept
@@ -8,16 +8,19 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::libc::{EINVAL, EOPNOTSUPP};
 use stackhand_kernel::exec::Program;
 use stackhand_kernel::netfilter::{
     Element, Flow, ListedChain, Listing, Netfilter, NftChange, Table,
 };
 use stackhand_kernel::netlink::WriteCount;
-use stackhand_kernel::{KernelError, sysctl};
+use stackhand_kernel::{self as kernel, KernelError, sysctl};
 
 use super::render;
 use super::ruleset::{self, Base, Chain, Edit, Plan, Rule, Ruleset, Set, Shape, TableName};
-use super::{FirewallError, FirewallHost, Tracking};
+use super::xtables::Xtables;
+use super::{FirewallError, FirewallHost, Means, Tracking};
+use crate::settings::Renderer;
 
 /// The program that loads rules.
 const NFT: &str = "/usr/sbin/nft";
@@ -28,13 +31,18 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// How often the tables are read until nobody changes them meanwhile.
 const READS: usize = 5;
 
+/// Tables, and the generation of nftables that they are of.
+type Known = Option<(Option<u32>, Arc<Ruleset>)>;
+
 /// The firewall of the namespace that it was opened in.
 #[derive(Debug)]
 pub struct KernelFirewall {
     netfilter: Netfilter,
     writes: WriteCount,
-    /// What was read last, and in which generation.
-    known: Mutex<Option<(u32, Arc<Ruleset>)>>,
+    xtables: Xtables,
+    wanted: Renderer,
+    /// What was read last, and in which generation of nftables.
+    known: Mutex<Known>,
 }
 
 impl KernelFirewall {
@@ -43,18 +51,43 @@ impl KernelFirewall {
     /// # Errors
     ///
     /// Fails if netfilter is out of reach.
-    pub fn open(writes: WriteCount) -> Result<Self, KernelError> {
+    pub fn open(writes: WriteCount, wanted: Renderer) -> Result<Self, KernelError> {
         let netfilter = Netfilter::open(writes.clone())?;
-        Ok(Self { netfilter, writes, known: Mutex::default() })
+        let xtables = Xtables::new(writes.clone());
+        Ok(Self { netfilter, writes, xtables, wanted, known: Mutex::default() })
     }
 
-    /// Finds out where flows of bridged packets can be tracked, by having the kernel check the very
-    /// rules that would be used. Changes nothing.
+    /// Finds out what can enforce the rules here: nftables' bridge family, or else iptables. Changes
+    /// nothing.
     ///
     /// # Errors
     ///
-    /// Says what is missing if they can be tracked nowhere.
-    pub async fn probe(&self) -> Result<Tracking, FirewallError> {
+    /// Says what is missing if nothing can.
+    pub async fn probe(&self) -> Result<Means, FirewallError> {
+        let nftables = match self.wanted {
+            Renderer::Iptables => None,
+            Renderer::Auto | Renderer::Nftables => match self.probe_tracking().await {
+                Ok(tracking) => return Ok(Means::Nftables(tracking)),
+                Err(error) => Some(error),
+            },
+        };
+        match (nftables, self.wanted) {
+            (Some(error), Renderer::Nftables) => Err(error),
+            (nftables, _) => match (self.xtables.probe().await, nftables) {
+                (Ok(()), _) => Ok(Means::Iptables),
+                (Err(error), None) => Err(error),
+                (Err(iptables), Some(nftables)) => Err(FirewallError::Unable(format!(
+                    "{}; nor will iptables do: {}",
+                    kernel::Chain(&nftables),
+                    kernel::Chain(&iptables)
+                ))),
+            },
+        }
+    }
+
+    /// Finds out where flows of bridged packets can be tracked, by having the kernel check the very
+    /// rules that would be used.
+    async fn probe_tracking(&self) -> Result<Tracking, FirewallError> {
         let bridge = match check(Tracking::Bridge).await {
             Ok(()) => return Ok(Tracking::Bridge),
             Err(error) => error,
@@ -83,14 +116,22 @@ impl KernelFirewall {
         nft(&["--check"], ruleset::script(&plan.before)).await
     }
 
-    fn known(&self) -> MutexGuard<'_, Option<(u32, Arc<Ruleset>)>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The generation of nftables; `None` where the kernel has none.
+    async fn generation(&self) -> Result<Option<u32>, KernelError> {
+        match self.netfilter.generation().await {
+            Ok(generation) => Ok(Some(generation)),
+            Err(error) if matches!(error.errno(), Some(EINVAL | EOPNOTSUPP)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     async fn read(&self) -> Result<Ruleset, KernelError> {
         let mut ruleset = Ruleset::default();
-        for name in TableName::ALL {
-            let table = table(name);
+        for (name, table) in tables() {
             let Some(Listing { dormant, chains, sets }) = self.netfilter.listing(&table).await?
             else {
                 continue;
@@ -121,7 +162,7 @@ impl KernelFirewall {
     /// Changes elements; returns how many transactions that took.
     async fn change_elements(&self, edits: &[Edit]) -> Result<u32, FirewallError> {
         let mut transactions = 0;
-        for name in TableName::ALL {
+        for (name, nft) in tables() {
             let mut changes = Vec::new();
             for edit in edits {
                 match edit {
@@ -137,7 +178,7 @@ impl KernelFirewall {
                 }
             }
             if !changes.is_empty() {
-                self.netfilter.commit(&table(name), &changes).await?;
+                self.netfilter.commit(&nft, &changes).await?;
                 transactions += 1;
             }
         }
@@ -147,27 +188,40 @@ impl KernelFirewall {
     async fn make(&self, plan: &Plan) -> Result<u32, FirewallError> {
         let before = self.load(&plan.before).await?;
         let elements = self.change_elements(&plan.elements).await?;
+        // Between what comes and what goes of nftables: where one renderer follows another, both hold.
+        self.xtables.apply(plan).await?;
         let after = self.load(&plan.after).await?;
         Ok(u32::from(before) + elements + u32::from(after))
     }
-}
 
-impl FirewallHost for KernelFirewall {
-    async fn observe(&self) -> Result<Arc<Ruleset>, FirewallError> {
+    /// Reads until nobody changes anything meanwhile. What the second renderer keeps has no
+    /// generation: it is read each time.
+    async fn look(&self) -> Result<Arc<Ruleset>, FirewallError> {
         for _ in 0..READS {
-            let generation = self.netfilter.generation().await?;
-            if let Some((known, ruleset)) = &*self.known()
-                && *known == generation
+            let generation = self.generation().await?;
+            let known = self.known().clone().filter(|(known, _)| *known == generation);
+            if let Some((_, ruleset)) = &known
+                && !self.xtables.is_held()
             {
                 return Ok(Arc::clone(ruleset));
             }
-            let ruleset = match self.read().await {
-                Ok(ruleset) => Arc::new(ruleset),
-                // A set that went while the tables were read.
-                Err(error) if error.is_absent() => continue,
-                Err(error) => return Err(error.into()),
+            let mut ruleset = match generation.is_some() {
+                true => match self.read().await {
+                    Ok(ruleset) => ruleset,
+                    // A set that went while the tables were read.
+                    Err(error) if error.is_absent() => continue,
+                    Err(error) => return Err(error.into()),
+                },
+                false => Ruleset::default(),
             };
-            if self.netfilter.generation().await? == generation {
+            if self.xtables.is_held() {
+                ruleset.tables.extend(self.xtables.read().await?);
+            }
+            let ruleset = match known {
+                Some((_, known)) if *known == ruleset => known,
+                _ => Arc::new(ruleset),
+            };
+            if self.generation().await? == generation {
                 *self.known() = Some((generation, Arc::clone(&ruleset)));
                 return Ok(ruleset);
             }
@@ -176,19 +230,28 @@ impl FirewallHost for KernelFirewall {
             "somebody changes nftables all the time; it could not be read in peace".to_owned(),
         ))
     }
+}
+
+impl FirewallHost for KernelFirewall {
+    async fn observe(&self) -> Result<Arc<Ruleset>, FirewallError> {
+        self.look().await
+    }
 
     async fn apply(&self, plan: &Plan) -> Result<Option<Arc<Ruleset>>, FirewallError> {
         let known = self.known().take();
         let transactions = self.make(plan).await?;
         let Some((generation, ruleset)) = known else { return Ok(None) };
-        // Each transaction is one generation: if there were others, somebody else's are among them,
-        // and the tables are read anew.
-        let now = self.netfilter.generation().await?;
-        if now != generation.wrapping_add(transactions) {
-            return Ok(None);
-        }
         let mut changed = Arc::unwrap_or_clone(ruleset);
         plan.edits().for_each(|edit| changed.change(edit));
+        if self.xtables.is_held() {
+            return Ok(Some(self.look().await?).filter(|seen| **seen == changed));
+        }
+        // Each transaction is one generation: if there were others, somebody else's are among them,
+        // and the tables are read anew.
+        let now = self.generation().await?;
+        if now != generation.map(|it| it.wrapping_add(transactions)) {
+            return Ok(None);
+        }
         let changed = Arc::new(changed);
         *self.known() = Some((now, Arc::clone(&changed)));
         Ok(Some(changed))
@@ -205,8 +268,12 @@ impl FirewallHost for KernelFirewall {
     }
 }
 
-fn table(name: TableName) -> Table {
-    Table { family: name.family(), name: name.name().to_owned() }
+/// The tables of nftables.
+fn tables() -> impl Iterator<Item = (TableName, Table)> {
+    TableName::ALL.into_iter().filter_map(|name| {
+        let (_, called) = name.place();
+        Some((name, Table { family: name.family()?, name: called.to_owned() }))
+    })
 }
 
 fn listed(chain: &ListedChain) -> Chain {

@@ -15,11 +15,11 @@ use stackhand_model::{Direction, Ethertype, NetworkId, PortId};
 use stackhand_model::{SecurityGroupId, SecurityGroupRule, SecurityGroupSpec};
 use uuid::Uuid;
 
-use super::Tracking;
 use super::clauses::{self, members_set};
 use super::model::{Group, Guard, Model, Touched};
 use super::packets;
 use super::ruleset::{Base, Chain, Field, Rule, Ruleset, Set, Shape, Table, TableName, digest};
+use super::{Tracking, xtables};
 use crate::qos::PacketRules;
 
 /// The bit of a packet's mark that says: answer of an allowed flow. Used only by `br_netfilter`
@@ -50,6 +50,7 @@ pub fn zones_of(model: &Model, seen: &Ruleset) -> BTreeMap<String, u16> {
             }
         }
     }
+    has.extend(xtables::zones(seen));
     for (bridge, zone) in &model.zones {
         has.entry(bridge.clone()).or_insert(*zone);
     }

@@ -15,6 +15,9 @@ use uuid::Uuid;
 /// The names of our tables, in whatever family.
 pub const NAMES: [&str; 2] = ["stackhand", "stackhand_qos"];
 
+/// The names of the tables in which the second renderer's chains are, in whatever family.
+pub const XTABLES_NAMES: [&str; 3] = ["raw", "filter", "nat"];
+
 /// A table of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TableName {
@@ -24,6 +27,20 @@ pub enum TableName {
     Inet,
     /// Packet rates and marks, on bridges.
     Packets,
+    /// Sets of addresses of `ipset`; this one and those below belong to the second renderer.
+    Members,
+    /// `ebtables`, nat: frames as they arrive.
+    FramesFrom,
+    /// `ebtables`, filter: frames as they go to another port.
+    FramesTo,
+    /// `iptables`, raw.
+    Raw4,
+    /// `ip6tables`, raw.
+    Raw6,
+    /// `iptables`, filter.
+    Filter4,
+    /// `ip6tables`, filter.
+    Filter6,
 }
 
 /// All tables of ours.
@@ -196,30 +213,58 @@ pub(super) fn digest(text: &str) -> u64 {
 }
 
 impl TableName {
-    /// All.
-    pub const ALL: [Self; 3] = [Self::Bridge, Self::Inet, Self::Packets];
+    /// All, in the order that they are made in.
+    pub const ALL: [Self; 10] = [
+        Self::Bridge,
+        Self::Inet,
+        Self::Packets,
+        Self::Members,
+        Self::FramesFrom,
+        Self::FramesTo,
+        Self::Raw4,
+        Self::Raw6,
+        Self::Filter4,
+        Self::Filter6,
+    ];
 
-    /// Its family.
+    /// Its family among tables of nftables; `None` for one of another program.
     #[must_use]
-    pub fn family(self) -> Family {
+    pub fn family(self) -> Option<Family> {
         match self {
-            Self::Bridge | Self::Packets => Family::Bridge,
-            Self::Inet => Family::Inet,
+            Self::Bridge | Self::Packets => Some(Family::Bridge),
+            Self::Inet => Some(Family::Inet),
+            _ => None,
         }
     }
 
-    /// Its name in the family.
+    /// The program that keeps it, and its name there.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub fn place(self) -> (&'static str, &'static str) {
         let [filter, packets] = NAMES;
-        if self == Self::Packets { packets } else { filter }
+        match self {
+            Self::Bridge => ("bridge", filter),
+            Self::Inet => ("inet", filter),
+            Self::Packets => ("bridge", packets),
+            Self::Members => ("ipset", "members"),
+            Self::FramesFrom => ("ebtables", "nat"),
+            Self::FramesTo => ("ebtables", "filter"),
+            Self::Raw4 => ("iptables", "raw"),
+            Self::Raw6 => ("ip6tables", "raw"),
+            Self::Filter4 => ("iptables", "filter"),
+            Self::Filter6 => ("ip6tables", "filter"),
+        }
+    }
+
+    /// Whether its rules are on frames and kept by `ebtables`.
+    pub(super) fn is_of_frames(self) -> bool {
+        matches!(self, Self::FramesFrom | Self::FramesTo)
     }
 }
 
 impl fmt::Display for TableName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if *self == Self::Inet { "inet" } else { "bridge" };
-        write!(f, "{family} {}", self.name())
+        let (family, name) = self.place();
+        write!(f, "{family} {name}")
     }
 }
 
@@ -392,11 +437,12 @@ impl Ruleset {
     }
 }
 
-/// The script that makes changes other than those of elements.
+/// The script by which `nft` makes changes other than those of elements.
 pub(super) fn script(edits: &[Edit]) -> String {
     let mut text = String::new();
+    let edits: Vec<&Edit> = edits.iter().filter(|it| it.table().family().is_some()).collect();
     // A chain is emptied before any is deleted: they may lead to one another.
-    for edit in edits {
+    for edit in &edits {
         if let Edit::DropChain(table, chain) = edit {
             let _ = writeln!(text, "flush chain {table} {chain}");
         }

@@ -248,20 +248,20 @@ proptest! {
     ) {
         let tracking = if bridge { Tracking::Bridge } else { Tracking::BrNetfilter };
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), tracking);
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
             enforcer.enforce(&one).await.unwrap();
             // Broken off between two transactions, and begun anew by an agent that knows nothing.
             enforcer.host().break_off_after(stage);
             drop(enforcer.enforce(&other).await);
-            let mut enforcer = Enforcer::new(enforcer.into_host(), tracking);
+            let mut enforcer = Enforcer::new(enforcer.into_host(), Means::Nftables(tracking));
             enforcer.enforce(&other).await.unwrap();
             let seen = enforcer.host().ruleset();
-            let fresh = Enforcer::new(FakeFirewall::default(), tracking);
+            let fresh = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
             let mut fresh = fresh;
             fresh.enforce(&other).await.unwrap();
             prop_assert_eq!(without_zones(&seen), without_zones(&fresh.host().ruleset()));
             let before = enforcer.host().transactions();
-            let mut restarted = Enforcer::new(enforcer.into_host(), tracking);
+            let mut restarted = Enforcer::new(enforcer.into_host(), Means::Nftables(tracking));
             prop_assert_eq!(restarted.enforce(&other).await.unwrap(), Done::default());
             prop_assert_eq!(restarted.host().transactions(), before, "a restart writes nothing");
             Ok(())
@@ -293,14 +293,14 @@ proptest! {
     ) {
         let tracking = Tracking::Bridge;
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), tracking);
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
             let mut last = models[0].clone();
             for model in &models {
                 last = mixed(&last, model, &picks);
                 enforcer.enforce(&last).await.unwrap();
                 prop_assert_eq!(enforcer.enforce(&last).await.unwrap(), Done::default());
             }
-            let mut fresh = Enforcer::new(FakeFirewall::default(), tracking);
+            let mut fresh = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
             fresh.enforce(&last).await.unwrap();
             let (ours, fresh) = (enforcer.host().ruleset(), fresh.host().ruleset());
             prop_assert_eq!(without_zones(&ours), without_zones(&fresh));
@@ -311,7 +311,7 @@ proptest! {
     #[test]
     fn what_somebody_changes_is_put_back(one in model(), pick in any::<prop::sample::Index>()) {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), Tracking::Bridge);
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(Tracking::Bridge));
             enforcer.enforce(&one).await.unwrap();
             let whole = enforcer.host().ruleset();
             let Some(table) = whole.tables.get(&TableName::Bridge) else { return Ok(()) };
@@ -334,7 +334,7 @@ proptest! {
     #[test]
     fn a_tap_that_is_spared_keeps_its_elements(one in model()) {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), Tracking::Bridge);
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(Tracking::Bridge));
             enforcer.enforce(&one).await.unwrap();
             let whole = enforcer.host().ruleset();
             // The documents of all ports but one are lost.

@@ -8,6 +8,7 @@ use super::fake::{FakeHost, bare};
 use super::worlds::{ALL, World, any_world};
 use super::*;
 use crate::desired::{HostWish, Local, host_wish};
+use crate::settings::Renderer;
 
 fn local() -> Local {
     Local {
@@ -19,6 +20,7 @@ fn local() -> Local {
         dns_domain: "stackhand.internal".to_owned(),
         dns_forwarders: Vec::new(),
         takeover: false,
+        firewall: Renderer::Auto,
     }
 }
 

@@ -13,6 +13,7 @@ use stackhand_kernel::exec::Program;
 use stackhand_model::{Document, ObjectRef};
 use stackhand_network::NetworkAgent;
 use stackhand_network::desired::Local;
+use stackhand_network::settings::Renderer;
 use stackhand_runtime::agent::{Action, Agent, Cause, Desired, Held, Outcome, PassReport, Work};
 use stackhand_runtime::events::EventLog;
 use tokio::sync::Notify;
@@ -124,8 +125,28 @@ pub(crate) fn local(host: &str) -> Local {
         dns_domain: "stackhand.internal".to_owned(),
         dns_forwarders: Vec::new(),
         takeover: false,
+        firewall: match std::env::var(RENDERER).as_deref() {
+            Ok("iptables") => Renderer::Iptables,
+            Ok(other) => panic!("{RENDERER}={other}"),
+            Err(_) => Renderer::Auto,
+        },
     }
 }
+
+/// Runs the tests of this program whose names begin so once more, with iptables as the renderer.
+pub(crate) fn again_with_iptables(tests: &str) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=2", tests])
+        .env(RENDERER, "iptables")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("test result: ok") && !said.contains(" 0 passed"), "{said}");
+}
+
+/// Names the renderer of firewalls, where it is not to be the one that the kernel prefers.
+pub(crate) const RENDERER: &str = "STACKHAND_TEST_RENDERER";
 
 /// An agent whose orphans have no grace, and what tells that it asked for a pass.
 pub(crate) fn agent(host: &str) -> (NetworkAgent, Arc<Notify>) {
