@@ -125,10 +125,16 @@ pub enum FirewallError {
     Nft(#[source] Box<ExecError>),
     /// `iptables` or one of its kin could not list or load rules.
     #[error("the rules could not be listed or changed")]
-    Xtables(#[from] ExecError),
+    Xtables(#[source] Box<ExecError>),
     /// The kernel lacks something that no firewall can do without.
     #[error("{0}")]
     Unable(String),
+}
+
+impl From<ExecError> for FirewallError {
+    fn from(error: ExecError) -> Self {
+        Self::Xtables(Box::new(error))
+    }
 }
 
 /// What the firewall needs of a host.

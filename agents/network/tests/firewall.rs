@@ -7,19 +7,18 @@
 
 #[path = "support/filtered.rs"]
 mod filtered;
+#[path = "support/rules.rs"]
+mod rules;
 mod support;
 
 use std::time::Duration;
 
 use filtered::{Site, all, all_out, four, six};
+use rules::{found, program, saved};
 use serde_json::json;
 use stackhand_network::NetworkAgent;
-use stackhand_runtime::agent::Agent;
 use support::{agent, on_a_host, short};
 use uuid::Uuid;
-
-/// Names what the probe is to find: `iptables`, or where nftables learns of answers.
-const EXPECTED: &str = "STACKHAND_EXPECT_FIREWALL";
 
 mod matrix {
     use std::sync::Arc;
@@ -36,46 +35,6 @@ mod matrix {
     /// From one guest to another, by IPv4.
     fn ends<'a>(from: (u8, &'a str), to: (u8, &'a str)) -> Ends<'a> {
         Ends { from_mac: mac_of(from.0), to_mac: mac_of(to.0), from: from.1, to: to.1 }
-    }
-
-    /// What the probe found, as facts tell it.
-    async fn found(agent: &NetworkAgent) -> String {
-        let facts = agent.facts().await;
-        assert_eq!(facts["firewall"]["enforced"], json!(true), "{facts}");
-        let told = |key: &str| facts["firewall"][key].as_str().unwrap().to_owned();
-        let found =
-            if told("renderer") == "iptables" { told("renderer") } else { told("tracking") };
-        if let Ok(expected) = std::env::var(EXPECTED).or_else(|_| std::env::var(support::RENDERER))
-        {
-            assert_eq!(found, expected);
-        }
-        found
-    }
-
-    /// The program of this name that works here.
-    async fn program(name: &str) -> String {
-        let legacy = format!("{name}-legacy");
-        if try_run(&format!("{name} -L")).await.is_ok() { name.to_owned() } else { legacy }
-    }
-
-    /// What `iptables` and its kin hold that is ours, or that a test put there.
-    async fn saved() -> String {
-        let mut all = String::new();
-        for name in ["iptables", "ip6tables", "ebtables"] {
-            let name = program(name).await;
-            let saved = match name.as_str() {
-                "ebtables-legacy" => {
-                    run(&format!("{name} -t nat -L")).await + &run(&format!("{name} -L")).await
-                }
-                _ => run(&format!("{name}-save")).await,
-            };
-            // Which tables there are is others' doing.
-            let counts = |it: &&str| {
-                ["stackhand", "foreign", "203.0.113."].iter().any(|word| it.contains(word))
-            };
-            all.extend(saved.lines().filter(counts).map(|it| format!("{it}\n")));
-        }
-        all + &run("ipset list -name").await
     }
 
     #[test]
@@ -574,47 +533,10 @@ mod matrix {
             };
             let before = whole().await;
             let tap = format!("tap{}", short(port));
-            let of_nft = [
-                ("nft delete table bridge stackhand".to_owned(), "create table bridge stackhand"),
-                ("nft flush table bridge stackhand".to_owned(), "rules of chain guard4"),
-                ("nft flush chain bridge stackhand ingress".to_owned(), "chain ingress"),
-                (
-                    format!("nft delete element bridge stackhand guards {{ {tap} }}"),
-                    "add to guards",
-                ),
-                (
-                    format!(
-                        "nft add element bridge stackhand macs {{ {tap} . 02:00:00:00:00:01 }}"
-                    ),
-                    "02:00:00:00:00:01",
-                ),
-                (format!("nft insert rule bridge stackhand group-{open}-in drop"), "-in of bridge"),
-                ("nft add chain bridge stackhand guest".to_owned(), "delete chain guest"),
-                (
-                    "nft add table bridge stackhand { flags dormant ; }".to_owned(),
-                    "create table bridge stackhand",
-                ),
-            ];
             let v4 = program("iptables").await;
             // The old programs' changes make no news: only the next pass finds them.
-            let is_news = !v4.ends_with("-legacy");
-            let (v6, frames) = (program("ip6tables").await, program("ebtables").await);
-            let group = &open.simple().to_string()[..15];
-            let of_iptables = [
-                (format!("{v4} -D FORWARD 1"), "chain FORWARD of iptables filter"),
-                (format!("{v4} -I FORWARD -j ACCEPT"), "chain FORWARD of iptables filter"),
-                (format!("{v6} -F stackhand-pi-{tap}"), "of ip6tables filter"),
-                (format!("{v4} -I stackhand-gi-{group} -j DROP"), "of iptables filter"),
-                (format!("{v4} -t raw -F"), "chain PREROUTING of iptables raw"),
-                (format!("{frames} -t nat -F stackhand-ma-{tap}"), "of ebtables nat"),
-                (
-                    format!("{frames} -t nat -I stackhand-is-{tap} -s 02:00:00:00:00:01 -j ACCEPT"),
-                    "of ebtables nat",
-                ),
-                (format!("{v4} -N stackhand-guest"), "delete chain stackhand-guest"),
-            ];
-            let damages = if iptables { of_iptables } else { of_nft };
-            for (damage, told) in damages {
+            let is_news = !iptables || !v4.ends_with("-legacy");
+            for (damage, told) in rules::damages(iptables, &tap, open).await {
                 while tokio::time::timeout(Duration::from_millis(60), heard.notified())
                     .await
                     .is_ok()
@@ -622,7 +544,7 @@ mod matrix {
                 let since = events.since(0, 10_000).events.len();
                 let begin = Instant::now();
                 run(&damage).await;
-                if !iptables || is_news {
+                if is_news {
                     tokio::time::timeout(Duration::from_secs(1), heard.notified())
                         .await
                         .expect(&damage);
@@ -686,7 +608,7 @@ mod lab {
                 "280",
                 "--",
                 "env",
-                &format!("{EXPECTED}={expected}"),
+                &format!("{}={expected}", rules::EXPECTED),
                 "sh",
                 "-c",
                 &script,

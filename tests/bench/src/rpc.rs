@@ -4,6 +4,7 @@
 //! Python's: the newest asks for its answers every half second; 14, that of Debian 12, waits for
 //! them as they come and is the harder floor.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -72,8 +73,7 @@ pub(crate) async fn call(url: &str, calls: usize, callers: usize) -> anyhow::Res
     let transport = Arc::new(connect(url)?);
     let speed = our_speed(&transport, calls, callers).await?;
     transport.close().await;
-    println!("{}", serde_json::to_string(&speed)?);
-    Ok(())
+    Ok(writeln!(std::io::stdout(), "{}", serde_json::to_string(&speed)?)?)
 }
 
 /// Measures both and compares.

@@ -46,6 +46,14 @@ fn net() -> impl Strategy<Value = IpNet> {
     )
 }
 
+fn means() -> impl Strategy<Value = Means> {
+    prop::sample::select(vec![
+        Means::Nftables(Tracking::Bridge),
+        Means::Nftables(Tracking::BrNetfilter),
+        Means::Iptables,
+    ])
+}
+
 fn rule() -> impl Strategy<Value = Value> {
     let traffic = prop_oneof![
         Just(json!({})),
@@ -114,7 +122,7 @@ fn member_nets() -> impl Strategy<Value = BTreeMap<SecurityGroupId, BTreeSet<IpN
         .prop_map(|all| (0..).map(group_id).zip(all).collect())
 }
 
-fn model() -> impl Strategy<Value = Model> {
+pub(super) fn model() -> impl Strategy<Value = Model> {
     let guard = (
         prop::collection::btree_set(0..3_u8, 0..3),
         any::<bool>(),
@@ -244,24 +252,23 @@ proptest! {
 
     #[test]
     fn any_firewall_becomes_any_other_and_then_nothing_is_left_to_do(
-        one in model(), other in model(), stage in 0..3_usize, bridge in any::<bool>(),
+        one in model(), other in model(), stage in 0..3_usize, by in means(), means in means(),
     ) {
-        let tracking = if bridge { Tracking::Bridge } else { Tracking::BrNetfilter };
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), by);
             enforcer.enforce(&one).await.unwrap();
-            // Broken off between two transactions, and begun anew by an agent that knows nothing.
+            // Broken off between two transactions, and begun anew by an agent that knows nothing, and
+            // may have other means.
             enforcer.host().break_off_after(stage);
             drop(enforcer.enforce(&other).await);
-            let mut enforcer = Enforcer::new(enforcer.into_host(), Means::Nftables(tracking));
+            let mut enforcer = Enforcer::new(enforcer.into_host(), means);
             enforcer.enforce(&other).await.unwrap();
             let seen = enforcer.host().ruleset();
-            let fresh = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
-            let mut fresh = fresh;
+            let mut fresh = Enforcer::new(FakeFirewall::default(), means);
             fresh.enforce(&other).await.unwrap();
             prop_assert_eq!(without_zones(&seen), without_zones(&fresh.host().ruleset()));
             let before = enforcer.host().transactions();
-            let mut restarted = Enforcer::new(enforcer.into_host(), Means::Nftables(tracking));
+            let mut restarted = Enforcer::new(enforcer.into_host(), means);
             prop_assert_eq!(restarted.enforce(&other).await.unwrap(), Done::default());
             prop_assert_eq!(restarted.host().transactions(), before, "a restart writes nothing");
             Ok(())
@@ -290,17 +297,17 @@ proptest! {
     fn many_changes_one_by_one_leave_what_an_agent_makes_that_starts_from_nothing(
         models in prop::collection::vec(model(), 2..4),
         picks in prop::collection::vec(any::<bool>(), 1..9),
+        means in means(),
     ) {
-        let tracking = Tracking::Bridge;
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-            let mut enforcer = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
+            let mut enforcer = Enforcer::new(FakeFirewall::default(), means);
             let mut last = models[0].clone();
             for model in &models {
                 last = mixed(&last, model, &picks);
                 enforcer.enforce(&last).await.unwrap();
                 prop_assert_eq!(enforcer.enforce(&last).await.unwrap(), Done::default());
             }
-            let mut fresh = Enforcer::new(FakeFirewall::default(), Means::Nftables(tracking));
+            let mut fresh = Enforcer::new(FakeFirewall::default(), means);
             fresh.enforce(&last).await.unwrap();
             let (ours, fresh) = (enforcer.host().ruleset(), fresh.host().ruleset());
             prop_assert_eq!(without_zones(&ours), without_zones(&fresh));
@@ -352,7 +359,12 @@ proptest! {
 /// Zones depend on what was there before.
 fn without_zones(ruleset: &Ruleset) -> Ruleset {
     let mut ruleset = ruleset.clone();
-    ruleset.tables.values_mut().for_each(|table| drop(table.sets.remove("zones")));
+    for table in ruleset.tables.values_mut() {
+        table.sets.remove("zones");
+        for chain in table.chains.values_mut() {
+            Arc::make_mut(&mut chain.rules).retain(|rule| !rule.text.contains("--zone"));
+        }
+    }
     ruleset
 }
 

@@ -135,9 +135,10 @@ pub(crate) fn local(host: &str) -> Local {
 
 /// Runs the tests of this program whose names begin so once more, with iptables as the renderer.
 pub(crate) fn again_with_iptables(tests: &str) {
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
+    let output = assert_cmd::Command::new(std::env::current_exe().unwrap())
         .args(["--test-threads=2", tests])
         .env(RENDERER, "iptables")
+        .timeout(Duration::from_secs(100))
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

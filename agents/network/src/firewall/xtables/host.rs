@@ -154,9 +154,7 @@ impl Xtables {
     }
 
     async fn change_rules(&self, edits: &[Edit]) -> Result<(), FirewallError> {
-        if !edits
-            .iter()
-            .any(|it| !it.table().family().is_some() && it.table() != TableName::Members)
+        if !edits.iter().any(|it| it.table().family().is_none() && it.table() != TableName::Members)
         {
             return Ok(());
         }

@@ -51,7 +51,10 @@ pub(in crate::firewall) fn kept(model: &Model, seen: &Ruleset) -> BTreeSet<Strin
 /// where two begin alike.
 pub(super) fn group_names(model: &Model) -> BTreeMap<SecurityGroupId, String> {
     let mut taken = BTreeSet::new();
-    let ids: BTreeSet<&SecurityGroupId> = model.groups.keys().chain(model.members.keys()).collect();
+    let rules = model.groups.values().flat_map(|group| &group.spec().rules);
+    let remote = rules.filter_map(|rule| rule.remote_group.as_ref());
+    let ids: BTreeSet<&SecurityGroupId> =
+        model.groups.keys().chain(model.members.keys()).chain(remote).collect();
     let name = |id: &SecurityGroupId| {
         let mut name = id.0.simple().to_string();
         name.truncate(DIGITS);
@@ -83,6 +86,9 @@ fn dispatched(tap: &str) -> Vec<(TableName, &'static str, String)> {
     all
 }
 
+/// What a guest may send from.
+type Source = (MacAddr, IpNet);
+
 const IP_TABLES: [(TableName, TableName); 2] =
     [(TableName::Raw4, TableName::Filter4), (TableName::Raw6, TableName::Filter6)];
 
@@ -101,8 +107,8 @@ pub(in crate::firewall) fn render(
     let members = |six: bool, group: &SecurityGroupId| {
         format!("stackhand-m{}-{}", if six { 6 } else { 4 }, names[group])
     };
-    let taps = model.guards.values().map(|guard| &guard.tap).chain(kept);
-    for (table, from, to) in taps.flat_map(|tap| dispatched(tap)) {
+    let taps: BTreeSet<&String> = model.guards.values().map(|it| &it.tap).chain(kept).collect();
+    for (table, from, to) in taps.into_iter().flat_map(|tap| dispatched(tap)) {
         draft.line(table, from, lead(table, from, &to));
     }
     draft.skeleton();
@@ -247,7 +253,7 @@ impl Draft {
             self.line(frames, &is, format!("-p {kind} -j RETURN"));
         }
         let arp = "--arp-htype 1 --arp-ptype 0x800";
-        let (v4, v6): (Vec<(MacAddr, IpNet)>, Vec<(MacAddr, IpNet)>) =
+        let (v4, v6): (Vec<Source>, Vec<Source>) =
             guard.sources.iter().copied().partition(|(_, net)| matches!(net, IpNet::V4(_)));
         for (mac, net) in &v4 {
             let net = plain(net);
@@ -332,12 +338,13 @@ fn plain(net: &IpNet) -> String {
 /// extension header is before that.
 fn claim(net: &IpNet) -> Option<String> {
     let IpNet::V6(net) = net else { return None };
-    let (address, mask) = (u128::from(net.network()), u128::from(net.netmask()));
-    let word = |of: u128, index: u32| (of >> (96 - 32 * index)) as u32;
-    let words = (0..4).filter(|index| word(mask, *index) != 0).map(|index| {
-        let at = 48 + 4 * index;
-        format!("&&{at}&{:#x}={:#x}", word(mask, index), word(address, index))
+    let bytes = [net.network().octets(), net.netmask().octets()];
+    let [address, mask] = bytes.map(|bytes| {
+        [0, 4, 8, 12].map(|at| u32::from_be_bytes([0, 1, 2, 3].map(|next| bytes[at + next])))
     });
+    let words = (0..4)
+        .filter(|index| mask[*index] != 0)
+        .map(|index| format!("&&{}&{:#x}={:#x}", 48 + 4 * index, mask[index], address[index]));
     Some(format!("-m u32 --u32 3&0xFF=58{} -j RETURN", words.collect::<String>()))
 }
 
