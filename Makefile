@@ -75,7 +75,7 @@ reference: ## Write docs/reference anew from the programs
 	$(stage) reference env STACKHAND_REFERENCE=write cargo nextest run --locked --package stackhand-tests --test reference
 
 .PHONY: two-nodes
-two-nodes: ## A cloud of two machines from packages, to their purge (17 minutes)
+two-nodes: ## A cloud of two machines from packages, to their purge (some 15 minutes)
 	$(stage) setup scripts/setup build packages lab
 	$(stage) build cargo build --locked --workspace --bins
 	$(stage) packages scripts/packages --unoptimised
