@@ -527,6 +527,7 @@ impl Agent for NetworkAgent {
             known.extend(stuck);
         }
         let mut troubles = outcome::troubles(&left, unfiltered);
+        troubles.extend(self.guarding.trouble(self.local.firewall).await);
         // A guest must not be open between that agent's filter and ours.
         if unfiltered.is_none() {
             troubles.extend(self.remove_leftovers().await);

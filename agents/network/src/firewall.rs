@@ -142,6 +142,10 @@ pub trait FirewallHost: Send + Sync {
     /// Reads the tables that bear our name. As long as nothing changed, it is the same value.
     fn observe(&self) -> impl Future<Output = Result<Arc<Ruleset>, FirewallError>> + Send;
 
+    /// Whether `tables` are what was read or made last, and nothing tells that they changed since.
+    /// Costs next to nothing, and so does not look at what makes no news.
+    fn is_current(&self, tables: &Arc<Ruleset>) -> impl Future<Output = bool> + Send;
+
     /// Makes the changes of a plan. Each of its stages is one transaction. Returns the tables that
     /// came of it, which [`FirewallHost::observe`] returns from then on; `None` if somebody else
     /// changed something since they were read.

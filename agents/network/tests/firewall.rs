@@ -24,7 +24,7 @@ mod matrix {
     use std::sync::Arc;
     use std::time::Instant;
 
-    use stackhand_runtime::agent::{Cause, Outcome};
+    use stackhand_runtime::agent::{Agent as _, Cause, Outcome};
     use stackhand_runtime::events::EventLog;
     use support::frames::{BROADCAST, Ends, arp, ethernet, mac_of, passes};
     use support::{local, run, try_run};
@@ -60,6 +60,10 @@ mod matrix {
             assert!(!a.reaches(&four(11)).await, "nothing is allowed to 11");
             assert!(!c.reaches(&four(10)).await, "nothing is allowed from 12");
             site.documents.rest(&agent).await;
+            // What nobody asked for is told.
+            let told = agent.troubles().iter().any(|it| it.contains("enforced by iptables"));
+            let asked = std::env::var(support::RENDERER).is_ok();
+            assert_eq!(told, found(&agent).await == "iptables" && !asked);
             // A restarted agent finds everything as it should be.
             let (again, _) = super::agent("one");
             site.documents.rest(&again).await;

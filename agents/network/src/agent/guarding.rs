@@ -11,6 +11,12 @@ use tokio::sync::Mutex;
 use crate::firewall::netlink::KernelFirewall;
 use crate::firewall::{Done, Enforcer, FirewallError, FirewallHost, Means, Model, Tracking};
 use crate::l2::{Make, Wish};
+use crate::settings::Renderer;
+
+/// What is told where the second renderer is used and nobody asked for it.
+const BY_IPTABLES: &str = "security groups are enforced by iptables, for nftables' bridge family does \
+    not work here: each filtered port makes packets cost more; load nf_tables, or set network.firewall \
+    = \"iptables\" if that is as it should be";
 
 /// The firewall, and what is known of the kernel's abilities.
 #[derive(Debug)]
@@ -74,6 +80,12 @@ impl Guarding {
             State::Untried(_) => false,
             State::Ready(ready) => ready.enforcer.means() == Means::Iptables,
         }
+    }
+
+    /// What is not well with it, for the heartbeat.
+    pub(super) async fn trouble(&self, wanted: Renderer) -> Option<String> {
+        let unasked = wanted == Renderer::Auto && self.uses_iptables().await;
+        unasked.then(|| BY_IPTABLES.to_owned())
     }
 
     /// Whether nobody changed the tables since they were enforced.

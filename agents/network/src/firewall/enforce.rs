@@ -60,7 +60,7 @@ impl<H: FirewallHost> Enforcer<H> {
     /// Whether the tables are those that were enforced last.
     pub async fn is_current(&self) -> bool {
         let Some((_, tables)) = &self.last else { return false };
-        self.host.observe().await.is_ok_and(|seen| Arc::ptr_eq(&seen, tables))
+        self.host.is_current(tables).await
     }
 
     /// What enforcing `model` would change now, in words.

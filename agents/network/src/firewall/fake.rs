@@ -57,6 +57,10 @@ impl FirewallHost for FakeFirewall {
         Ok(self.ruleset())
     }
 
+    async fn is_current(&self, tables: &Arc<Ruleset>) -> bool {
+        Arc::ptr_eq(&self.state().ruleset, tables)
+    }
+
     async fn apply(&self, plan: &Plan) -> Result<Option<Arc<Ruleset>>, FirewallError> {
         let mut state = self.state();
         let fault = state.fault.take();

@@ -237,6 +237,13 @@ impl FirewallHost for KernelFirewall {
         self.look().await
     }
 
+    async fn is_current(&self, tables: &Arc<Ruleset>) -> bool {
+        let Ok(generation) = self.generation().await else { return false };
+        let known = self.known();
+        let same = |(of, known): &(_, _)| *of == generation && Arc::ptr_eq(known, tables);
+        known.as_ref().is_some_and(same)
+    }
+
     async fn apply(&self, plan: &Plan) -> Result<Option<Arc<Ruleset>>, FirewallError> {
         let known = self.known().take();
         let transactions = self.make(plan).await?;

@@ -5,6 +5,7 @@
 use serde_json::json;
 use stackhand_network::NetworkAgent;
 use stackhand_runtime::agent::Agent;
+use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 use super::support::{RENDERER, run, try_run};
@@ -26,8 +27,9 @@ pub(crate) async fn found(agent: &NetworkAgent) -> String {
 
 /// The program of this name that works here.
 pub(crate) async fn program(name: &str) -> String {
-    let legacy = format!("{name}-legacy");
-    if try_run(&format!("{name} -L")).await.is_ok() { name.to_owned() } else { legacy }
+    static NFTABLES: OnceCell<bool> = OnceCell::const_new();
+    let found = NFTABLES.get_or_init(async || try_run("nft list tables").await.is_ok()).await;
+    if *found { name.to_owned() } else { format!("{name}-legacy") }
 }
 
 /// What `iptables` and its kin hold that is ours, or that a test put there.

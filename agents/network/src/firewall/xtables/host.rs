@@ -52,11 +52,17 @@ pub(in crate::firewall) struct Xtables {
     variant: Mutex<Option<&'static str>>,
     /// Whether tables of ours may be there.
     held: AtomicBool,
+    /// What was listed last, until something is changed.
+    listed: Mutex<Option<Listed>>,
 }
+
+/// What the programs keep.
+type Listed = BTreeMap<TableName, Saved>;
 
 impl Xtables {
     pub(in crate::firewall) fn new(writes: WriteCount) -> Self {
-        Self { writes, variant: Mutex::default(), held: AtomicBool::new(true) }
+        let held = AtomicBool::new(true);
+        Self { writes, variant: Mutex::default(), held, listed: Mutex::default() }
     }
 
     /// Finds out which programs work here, and uses them from now on. Changes nothing.
@@ -97,9 +103,10 @@ impl Xtables {
         let mut tables = BTreeMap::new();
         match self.saved(variant.unwrap_or_default()).await {
             Ok(saved) => {
-                for (name, table) in saved {
-                    tables.extend(table.ours(name).map(|table| (name, table)));
+                for (name, table) in &saved {
+                    tables.extend(table.ours(*name).map(|table| (*name, table)));
                 }
+                *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
                 let sets = saved::members(&listed("ipset", &["save"]).await?);
                 tables.extend(sets.map(|sets| (TableName::Members, sets)));
             }
@@ -113,7 +120,7 @@ impl Xtables {
         Ok(tables)
     }
 
-    async fn saved(&self, variant: &str) -> Result<BTreeMap<TableName, Saved>, ExecError> {
+    async fn saved(&self, variant: &str) -> Result<Listed, ExecError> {
         let mut all = BTreeMap::new();
         for (program, tables) in PROGRAMS {
             let mut saved = saved::saved(&save(program, variant, tables).await?);
@@ -159,7 +166,13 @@ impl Xtables {
             return Ok(());
         }
         let variant = self.variant().unwrap_or_default();
-        let saved = self.saved(variant).await?;
+        // The plan was made from what was listed last. If somebody changed it since, a program refuses,
+        // or the next look finds what is left to do.
+        let listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let saved = match listed {
+            Some(listed) => listed,
+            None => self.saved(variant).await?,
+        };
         for (name, tables) in PROGRAMS {
             let script: String = tables
                 .iter()
