@@ -1,7 +1,7 @@
 """Speed of Python's oslo.messaging, as OpenStack's services use it: the floor of the bus benchmark.
 
     bench.py serve URL SERVER                 a server with one method; prints "ready"
-    bench.py call URL SERVER CALLS CALLERS    that many calls by that many callers; prints JSON
+    bench.py call URL SERVER                  for each line "CALLS CALLERS": that many calls by that many callers; prints JSON
 """
 
 import json
@@ -38,11 +38,17 @@ def serve(url, name):
     os._exit(0)
 
 
-def call(url, name, calls, callers):
+def call(url, name):
     # Release 14 has no function for it yet.
     get_rpc_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
     client = get_rpc_client(transport(url), oslo_messaging.Target(server=name, **TARGET))
     client.call({}, "echo", warm="up")
+    for line in sys.stdin:
+        measure(client, *map(int, line.split()))
+    os._exit(0)
+
+
+def measure(client, calls, callers):
     latencies = []
 
     def work(share):
@@ -66,11 +72,10 @@ def call(url, name, calls, callers):
         "p50_ms": latencies[len(latencies) // 2] * 1000,
         "p99_ms": latencies[len(latencies) * 99 // 100] * 1000,
     }), flush=True)
-    os._exit(0)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:4])
     else:
-        call(*sys.argv[2:4], int(sys.argv[4]), int(sys.argv[5]))
+        call(*sys.argv[2:4])

@@ -50,15 +50,11 @@ enum Role {
         /// Broker to serve on.
         url: String,
     },
-    /// Make calls and print how fast they were.
+    /// Make calls as standard input says and print how fast they were.
     #[command(hide = true)]
     RpcCaller {
         /// Broker to call through.
         url: String,
-        /// How many in all.
-        calls: usize,
-        /// How many at once.
-        callers: usize,
     },
     /// Measure the storage agent inside a machine of the lab.
     #[command(hide = true)]
@@ -83,8 +79,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             rpc::serve(&url).await?;
             return Ok(ExitCode::SUCCESS);
         }
-        Some(Role::RpcCaller { url, calls, callers }) => {
-            rpc::call(&url, calls, callers).await?;
+        Some(Role::RpcCaller { url }) => {
+            rpc::call(&url).await?;
             return Ok(ExitCode::SUCCESS);
         }
         Some(Role::StorageInside { figures }) => {

@@ -5,7 +5,7 @@
 //! them as they come and is the harder floor.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use stackhand_bus::amqp::{AmqpOptions, AmqpTransport};
 use stackhand_bus::{CallLimits, Delivered, Failure, Handler, Request, Service, Target, Transport};
 use stackhand_testkit::broker::Broker;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 
 use crate::table::Row;
 
@@ -68,12 +68,18 @@ pub(crate) async fn serve(url: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes calls, and prints how fast they were.
-pub(crate) async fn call(url: &str, calls: usize, callers: usize) -> anyhow::Result<()> {
+/// For each line of standard input, how many calls and how many at once, makes them and prints how
+/// fast they were.
+pub(crate) async fn call(url: &str) -> anyhow::Result<()> {
     let transport = Arc::new(connect(url)?);
-    let speed = our_speed(&transport, calls, callers).await?;
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await? {
+        let (calls, callers) = line.split_once(' ').context("two numbers a line")?;
+        let speed = our_speed(&transport, calls.parse()?, callers.parse()?).await?;
+        writeln!(std::io::stdout(), "{}", serde_json::to_string(&speed)?)?;
+    }
     transport.close().await;
-    Ok(writeln!(std::io::stdout(), "{}", serde_json::to_string(&speed)?)?)
+    Ok(())
 }
 
 /// Measures both and compares.
@@ -84,29 +90,28 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
     for (release, name, part) in RELEASES {
         theirs.push((Python::start(release, name, &broker.url()).await?, part));
     }
-    let _our_server =
-        child(Command::new(std::env::current_exe()?).arg("rpc-server").arg(broker.url()))?;
-
+    let program = std::env::current_exe()?;
+    let _our_server = child(Command::new(&program).arg("rpc-server").arg(broker.url()))?;
+    let mut ours = Caller::start(Command::new(&program).arg("rpc-caller").arg(broker.url()))?;
     let mut rows = Vec::new();
     for (callers, calls) in ROUNDS {
         let what = |what: &str| format!("rpc, {callers} at once: {what}");
-        let (mut ours, mut all) = (Vec::new(), vec![Vec::new(); theirs.len()]);
+        let (mut mine, mut all) = (Vec::new(), vec![Vec::new(); theirs.len()]);
         for _ in 0..TURNS {
-            let mut caller = Command::new(std::env::current_exe()?);
-            caller.args(["rpc-caller", &broker.url(), &calls.to_string(), &callers.to_string()]);
-            ours.push(figures(&mut caller).await.context("our caller")?);
-            for ((python, part), speeds) in theirs.iter().zip(&mut all) {
-                speeds.push(python.speed(&broker.url(), calls / part, callers).await?);
+            mine.push(ours.speed(calls, callers).await.context("our caller")?);
+            for ((python, part), speeds) in theirs.iter_mut().zip(&mut all) {
+                let speed = python.caller.speed(calls / *part, callers).await;
+                speeds.push(speed.with_context(|| format!("the caller of {}", python.name))?);
             }
         }
-        let ours = middle(ours);
-        rows.push(Row::told(&what("p50"), ours.p50_ms, "ms"));
-        rows.push(Row::told(&what("p99"), ours.p99_ms, "ms"));
+        let mine = middle(mine);
+        rows.push(Row::told(&what("p50"), mine.p50_ms, "ms"));
+        rows.push(Row::told(&what("p99"), mine.p99_ms, "ms"));
         for ((python, _), speeds) in theirs.iter().zip(all) {
             let (name, theirs) = (python.name, middle(speeds));
             rows.push(Row::times(
                 &what(&format!("calls, against {name}")),
-                ours.calls_per_second,
+                mine.calls_per_second,
                 "/s",
                 theirs.calls_per_second,
                 3.0,
@@ -132,13 +137,31 @@ fn child(command: &mut Command) -> anyhow::Result<Child> {
         .with_context(|| format!("cannot start {command:?}"))
 }
 
-/// One release of Python's library, with a server that runs.
+/// A process that makes calls when told to, over one connection, as agents and services do.
+struct Caller {
+    process: Child,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Caller {
+    fn start(command: &mut Command) -> anyhow::Result<Self> {
+        let mut process = child(command)?;
+        let output = process.stdout.take().context("it has no output")?;
+        Ok(Self { process, answers: BufReader::new(output).lines() })
+    }
+
+    async fn speed(&mut self, calls: usize, callers: usize) -> anyhow::Result<Speed> {
+        let input = self.process.stdin.as_mut().context("it has no input")?;
+        input.write_all(format!("{calls} {callers}\n").as_bytes()).await?;
+        let answer = self.answers.next_line().await?.context("it ended")?;
+        serde_json::from_str(&answer).context("it printed no figures")
+    }
+}
+
+/// One release of Python's library, with a server and a caller that run.
 struct Python {
     name: &'static str,
-    /// The name that its server has on the bus.
-    server: String,
-    interpreter: String,
-    script: PathBuf,
+    caller: Caller,
     _serving: Child,
 }
 
@@ -160,22 +183,10 @@ impl Python {
         let output = serving.stdout.take().context("the Python server has no output")?;
         BufReader::new(output).read_line(&mut ready).await?;
         ensure!(ready.trim() == "ready", "the server of {name} did not start");
-        Ok(Self { name, server, interpreter, script, _serving: serving })
+        let mut calling = Command::new(&interpreter);
+        let caller = Caller::start(calling.arg(&script).args(["call", url, &server]))?;
+        Ok(Self { name, caller, _serving: serving })
     }
-
-    async fn speed(&self, url: &str, calls: usize, callers: usize) -> anyhow::Result<Speed> {
-        let mut caller = Command::new(&self.interpreter);
-        let (calls, callers) = (calls.to_string(), callers.to_string());
-        caller.arg(&self.script).args(["call", url, &self.server, &calls, &callers]);
-        figures(&mut caller).await.with_context(|| format!("the caller of {}", self.name))
-    }
-}
-
-/// What a caller prints.
-async fn figures(caller: &mut Command) -> anyhow::Result<Speed> {
-    let output = caller.stderr(Stdio::inherit()).output().await?;
-    ensure!(output.status.success(), "it failed");
-    serde_json::from_slice(&output.stdout).context("it printed no figures")
 }
 
 async fn our_speed(
