@@ -59,7 +59,7 @@ fn run(cli: &Cli) -> Result<Exit> {
         bus: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
+        .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;

@@ -64,16 +64,9 @@ enum Role {
     },
 }
 
-fn main() -> anyhow::Result<ExitCode> {
+#[tokio::main]
+async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    // As many as agentctl has where it is about calls, else as agents have.
-    let workers = if matches!(arguments.role, Some(Role::RpcCaller { .. })) { 1 } else { 2 };
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
-    runtime.block_on(run(arguments))
-}
-
-async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     match arguments.role {
         Some(Role::RpcServer { url }) => {
             rpc::serve(&url).await?;

@@ -1,17 +1,17 @@
 //! The answering side: three queues per service, requests taken at most once, handlers within
 //! a bound.
 //!
-//! A request is acknowledged when it begins to be handled, whatever comes of it, as oslo.messaging
-//! does, but only once a handler is free for it: what we cannot work on stays in the broker, so
-//! memory stays flat under any load and another server can have it.
+//! A request is acknowledged *before* it is handled, as oslo.messaging does, but only once a
+//! handler is free for it: what we cannot work on stays in the broker, so memory stays flat
+//! under any load and another server can have it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
-use futures_util::{StreamExt, poll};
 use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::FieldTable;
@@ -259,9 +259,10 @@ impl Server {
             }
         };
         let admission = self.remember().admit(&frame.unique_id);
+        let acked = ack(channel, &delivery);
         match admission {
             Admission::Fresh => {
-                if !channel.status().connected() {
+                if !acked {
                     // The broker still has it, and will deliver it again, maybe elsewhere.
                     self.remember().forget(&frame.unique_id);
                     return;
@@ -269,15 +270,10 @@ impl Server {
                 read();
                 shared.counts.served.add();
                 let (server, shared) = (Arc::clone(self), Arc::clone(shared));
-                let mut work = Box::pin(async move { server.work(&shared, frame, permit).await });
-                // An answer that is ready at once goes out with the acknowledgement in one write.
-                let first = poll!(work.as_mut());
-                let _ = ack(channel, &delivery);
-                if first.is_pending() {
-                    let kill = self.kill.clone();
-                    self.working.spawn(async move { kill.run_until_cancelled(work).await });
-                }
-                return;
+                self.working.spawn(async move {
+                    let kill = server.kill.clone();
+                    kill.run_until_cancelled(server.work(&shared, frame, permit)).await;
+                });
             }
             Admission::Running => shared.counts.duplicates.add(),
             Admission::Done(answer) => {
@@ -287,7 +283,6 @@ impl Server {
                 }
             }
         }
-        let _ = ack(channel, &delivery);
     }
 
     /// Runs the handler and answers.
