@@ -407,7 +407,7 @@ impl NetworkAgent {
         if !wish.firewall.guards.is_empty()
             && let Ok(means) = self.guarding.means().await
         {
-            guarding::show_to_ip(&mut wish.l2, &wish.firewall, means);
+            guarding::show_to_ip(&mut wish.l2, seen, &mut wish.firewall, means);
         }
         wish
     }

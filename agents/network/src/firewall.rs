@@ -50,7 +50,7 @@ mod render;
 mod ruleset;
 #[cfg(test)]
 mod tests;
-mod xtables;
+pub(crate) mod xtables;
 
 pub use enforce::{Done, Enforcer};
 pub use judge::{Packet, Transport, Verdict};
@@ -80,7 +80,7 @@ impl fmt::Display for Tracking {
 }
 
 /// What enforces the rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Means {
     /// nftables' bridge family.
     Nftables(Tracking),

@@ -24,6 +24,8 @@ mod matrix {
     use std::sync::Arc;
     use std::time::Instant;
 
+    use stackhand_network::desired::Local;
+    use stackhand_network::settings::Renderer;
     use stackhand_runtime::agent::{Agent as _, Cause, Outcome};
     use stackhand_runtime::events::EventLog;
     use support::frames::{BROADCAST, Ends, arp, ethernet, mac_of, passes};
@@ -425,6 +427,71 @@ mod matrix {
     }
 
     #[test]
+    fn what_a_guest_sends_to_its_host_is_filtered_too() {
+        on_a_host(|| async {
+            let (agent, _) = agent("one");
+            let mut site = Site::new();
+            let open = site.group(&all());
+            site.port(10, &[open], &json!({}));
+            site.port(11, &[], &json!({}));
+            let ((a, _), (b, _)) = (site.guest(10).await, site.guest(11).await);
+            site.settle(&agent).await;
+            let bridges = run("ip -br link show type bridge").await;
+            let bridge = bridges.split(' ').next().unwrap();
+            run(&format!("ip address add 10.7.0.254/24 dev {bridge}")).await;
+            assert!(a.reaches("10.7.0.254").await, "its group lets all out");
+            assert!(!b.reaches("10.7.0.254").await, "it has no group");
+        });
+    }
+
+    #[test]
+    fn rules_move_to_iptables_and_back_and_nothing_gets_through_meanwhile() {
+        on_a_host(|| async {
+            let (first, _) = agent("one");
+            let mut site = Site::new();
+            let open = site.group(&all());
+            site.port(10, &[open], &json!({}));
+            site.port(11, &[open], &json!({}));
+            let ((guest, a), (_, b)) = (site.guest(10).await, site.guest(11).await);
+            // The host itself shows no bridge's packets to the IP layer.
+            for family in ["ip", "ip6"] {
+                let _ =
+                    try_run(&format!("sysctl -w net.bridge.bridge-nf-call-{family}tables=0")).await;
+            }
+            site.settle(&first).await;
+            let renderers = [Renderer::Iptables, local("one").firewall];
+            for (number, firewall) in renderers.into_iter().enumerate() {
+                let moved = Local { firewall, ..local("one") };
+                let log = EventLog::new("one", "network");
+                let next =
+                    NetworkAgent::new(moved, Duration::ZERO, Arc::new(|_: &_| {}), log).unwrap();
+                let bad = ends((10, "10.7.0.66"), (11, "10.7.0.11"));
+                let bad = bad.udp(1, 2, &format!("spoofed {number}"));
+                let flood = async {
+                    loop {
+                        a.send(&bad);
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                };
+                tokio::select! {
+                    () = flood => {}
+                    () = site.settle(&next) => {}
+                }
+                let good = ends((10, "10.7.0.10"), (11, "10.7.0.11"));
+                let good = good.udp(1, 2, &format!("good {number}"));
+                assert!(!passes(&a, &b, &bad, &good).await, "not one of them got through");
+                if firewall == Renderer::Iptables {
+                    assert_eq!(next.facts().await["firewall"]["renderer"], "iptables");
+                    let nft = try_run("nft list tables").await.unwrap_or_default();
+                    assert!(!nft.contains("stackhand"), "{nft}");
+                }
+                assert!(guest.reaches(&four(11)).await);
+                site.documents.rest(&next).await;
+            }
+        });
+    }
+
+    #[test]
     fn a_group_that_is_not_there_yet_allows_nothing_and_is_told() {
         on_a_host(|| async {
             let (agent, _) = agent("one");
@@ -586,7 +653,10 @@ mod lab {
 
     #[test]
     fn the_same_holds_where_the_kernel_tracks_flows_on_bridges() {
-        in_a_machine("bridge", "modprobe -a nf_conntrack_bridge nf_tables nft_ct veth tun bridge");
+        in_a_machine(
+            "bridge",
+            "modprobe -a nf_conntrack_bridge nf_tables nft_ct br_netfilter veth tun bridge",
+        );
     }
 
     /// Where nothing but the old programs works.

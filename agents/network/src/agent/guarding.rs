@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 
 use crate::firewall::netlink::KernelFirewall;
 use crate::firewall::{Done, Enforcer, FirewallError, FirewallHost, Means, Model, Tracking};
-use crate::l2::{Make, Wish};
+use crate::l2::{Make, Seen, SeenKind, Wish};
 use crate::settings::Renderer;
 
 /// What is told where the second renderer is used and nobody asked for it.
@@ -161,9 +161,10 @@ async fn ready(state: &mut State) -> Result<&mut Ready, String> {
 }
 
 /// Has the bridges of filtered networks show their packets to the IP layer, where flows are tracked
-/// there; and no others.
-pub(super) fn show_to_ip(l2: &mut Wish, model: &Model, means: Means) {
+/// there, and no others. Notes whether one that is there does not yet.
+pub(super) fn show_to_ip(l2: &mut Wish, seen: &Seen, model: &mut Model, means: Means) {
     let bridges: BTreeSet<&str> = model.bridges.values().map(String::as_str).collect();
+    let mut unshown = false;
     for (at, wanted) in &mut l2.links {
         if at.space.is_none()
             && matches!(wanted.make, Make::Bridge)
@@ -171,6 +172,10 @@ pub(super) fn show_to_ip(l2: &mut Wish, model: &Model, means: Means) {
         {
             let filtered = bridges.contains(at.link.as_str());
             bridge.netfilter = filtered && means.tracking() == Tracking::BrNetfilter;
+            let is = seen.links.get(at).map(|link| &link.kind);
+            unshown |=
+                matches!(is, Some(SeenKind::Bridge(is)) if bridge.netfilter && !is.netfilter);
         }
     }
+    model.unshown = unshown;
 }

@@ -174,6 +174,14 @@ impl Means {
                 let mut tables = xtables::render(model, &zones, &xtables::kept(model, seen));
                 let packets = packets::table(&model.packets, touched);
                 tables.tables.extend(packets.map(|table| (TableName::Packets, table)));
+                // What nftables holds stays until the new rules hold, too.
+                let before = [TableName::Bridge, TableName::Inet].into_iter();
+                let before = before.filter(|_| model.unshown);
+                tables.tables.extend(
+                    before.filter_map(|name| {
+                        seen.tables.get(&name).map(|table| (name, table.clone()))
+                    }),
+                );
                 tables
             }
         }

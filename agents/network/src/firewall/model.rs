@@ -29,6 +29,9 @@ pub struct Model {
     pub packets: BTreeMap<String, PacketRules>,
     /// Bridges of networks that have guards here.
     pub bridges: BTreeMap<NetworkId, String>,
+    /// Whether a bridge is there whose packets the IP layer is yet to be shown: until then rules of
+    /// `iptables` hold nothing back.
+    pub unshown: bool,
     /// Zones in which another agent tracked the flows of bridges that are ours now, by bridge.
     pub zones: BTreeMap<String, u16>,
     /// Taps that no document speaks of, but that are left alone for a while: so are their rules.

@@ -129,8 +129,12 @@ impl KernelFirewall {
         }
     }
 
-    async fn read(&self) -> Result<Ruleset, KernelError> {
+    /// Reads the tables of nftables, where there is a generation of any.
+    async fn read(&self, generation: Option<u32>) -> Result<Ruleset, KernelError> {
         let mut ruleset = Ruleset::default();
+        if generation.is_none() {
+            return Ok(ruleset);
+        }
         for (name, table) in tables() {
             let Some(Listing { dormant, chains, sets }) = self.netfilter.listing(&table).await?
             else {
@@ -193,26 +197,24 @@ impl KernelFirewall {
         let after = self.load(&plan.after).await?;
         Ok(u32::from(before) + elements + u32::from(after))
     }
+}
 
-    /// Reads until nobody changes anything meanwhile. What the second renderer keeps has no
-    /// generation: it is read each time.
-    async fn look(&self) -> Result<Arc<Ruleset>, FirewallError> {
+impl FirewallHost for KernelFirewall {
+    async fn observe(&self) -> Result<Arc<Ruleset>, FirewallError> {
         for _ in 0..READS {
             let generation = self.generation().await?;
+            // What the second renderer keeps has no generation: it is read each time.
             let known = self.known().clone().filter(|(known, _)| *known == generation);
             if let Some((_, ruleset)) = &known
                 && !self.xtables.is_held()
             {
                 return Ok(Arc::clone(ruleset));
             }
-            let mut ruleset = match generation.is_some() {
-                true => match self.read().await {
-                    Ok(ruleset) => ruleset,
-                    // A set that went while the tables were read.
-                    Err(error) if error.is_absent() => continue,
-                    Err(error) => return Err(error.into()),
-                },
-                false => Ruleset::default(),
+            let mut ruleset = match self.read(generation).await {
+                Ok(ruleset) => ruleset,
+                // A set that went while the tables were read.
+                Err(error) if error.is_absent() => continue,
+                Err(error) => return Err(error.into()),
             };
             if self.xtables.is_held() {
                 ruleset.tables.extend(self.xtables.read().await?);
@@ -230,12 +232,6 @@ impl KernelFirewall {
             "somebody changes nftables all the time; it could not be read in peace".to_owned(),
         ))
     }
-}
-
-impl FirewallHost for KernelFirewall {
-    async fn observe(&self) -> Result<Arc<Ruleset>, FirewallError> {
-        self.look().await
-    }
 
     async fn is_current(&self, tables: &Arc<Ruleset>) -> bool {
         let Ok(generation) = self.generation().await else { return false };
@@ -251,7 +247,7 @@ impl FirewallHost for KernelFirewall {
         let mut changed = Arc::unwrap_or_clone(ruleset);
         plan.edits().for_each(|edit| changed.change(edit));
         if self.xtables.is_held() {
-            return Ok(Some(self.look().await?).filter(|seen| **seen == changed));
+            return Ok(Some(self.observe().await?).filter(|seen| **seen == changed));
         }
         // Each transaction is one generation: if there were others, somebody else's are among them,
         // and the tables are read anew.

@@ -555,7 +555,8 @@ impl Shape {
     }
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
+/// The address that these bytes are, of either family.
+pub(super) fn address(bytes: &[u8]) -> Option<IpAddr> {
     if let Ok(four) = <[u8; 4]>::try_from(bytes) {
         return Some(Ipv4Addr::from(four).into());
     }

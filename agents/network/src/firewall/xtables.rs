@@ -16,13 +16,23 @@
 //! ours, which stays the first. A rule of `iptables` carries its digest as a comment, as rules of
 //! nftables do; `ebtables` keeps none, so that its rules are compared as it lists them.
 //!
+//! What a chain or set of a port (by its tap) or group (by its id's first digits) is for, its name says in two letters:
+//!
+//! ```text
+//! is, ma, cl  who a guest is: its own addresses, Ethernet addresses, neighbours that it may claim
+//! po, pi      what goes out of a port and into it: leads to
+//! so, si      what goes out and in by a set of groups, as all ports that have them share: leads to
+//! go, gi      what goes out and in by one group
+//! m4, m6      the addresses of a group's members
+//! ```
+//!
 //! What this way does not give (decision 17): maps, so that a packet passes one line for each
 //! filtered port; news of changes, where the programs are the old ones; one transaction for all
 //! tables, though none of the steps between lets pass what neither of both states does.
 
 mod host;
 mod render;
-mod saved;
+pub(crate) mod saved;
 #[cfg(test)]
 mod tests;
 mod words;

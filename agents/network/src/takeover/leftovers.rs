@@ -1,7 +1,8 @@
 //! What OpenStack's Linux bridge agent leaves in packet filters, found in their own listings. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
+
+use crate::firewall::xtables::saved::{Saved, saved, target_of, zone_of};
 
 /// Chains of that agent: its program's name, cut.
 const CHAINS: &str = "neutron-linuxbri-";
@@ -15,117 +16,58 @@ const BRIDGE_CHAINS: [&str; 2] = ["neutronMAC-", "neutronARP-"];
 /// What `iptables-restore --noflush` has to do so that nothing of that agent is left of what
 /// `iptables-save` printed; each table in one transaction. `None`: there is nothing.
 #[must_use]
-pub fn iptables_script(saved: &str) -> Option<String> {
-    let mut script = String::new();
-    let mut table = Table::default();
-    for line in saved.lines() {
-        match line.chars().next() {
-            Some('*') => table = Table { name: &line[1..], ..Table::default() },
-            Some(':') => table.chains.extend(line[1..].split(' ').next()),
-            Some('-') => table.rules.extend(line.strip_prefix("-A ")),
-            _ if line == "COMMIT" => table.clear(&mut script),
-            _ => {}
-        }
-    }
+pub fn iptables_script(text: &str) -> Option<String> {
+    let script: String = saved(text).iter().filter_map(cleared).collect();
     (!script.is_empty()).then_some(script)
 }
 
 /// The zones in which that agent has the flows of its bridges tracked, by bridge, from what
 /// `iptables-save` printed. A rule for each port names its bridge as the link that packets come by.
 #[must_use]
-pub(super) fn zones(saved: &str) -> BTreeMap<String, u16> {
-    let after = |words: &[&str], option: &str| {
-        let at = words.iter().position(|word| *word == option)?;
-        words.get(at + 1).map(|word| (*word).to_owned())
-    };
-    let zone = |line: &str| {
-        let rule = line.strip_prefix("-A ").filter(|rule| rule.starts_with(CHAINS))?;
-        let words: Vec<&str> = rule.split(' ').collect();
-        let link = after(&words, "-i").or_else(|| after(&words, "--physdev-in"))?;
-        let zone = after(&words, "--zone")?.parse().ok()?;
-        link.starts_with("brq").then_some((link, zone))
-    };
-    saved.lines().filter_map(zone).collect()
+pub(super) fn zones(text: &str) -> BTreeMap<String, u16> {
+    let tables = saved(text);
+    let rules = tables.iter().flat_map(|table| &table.rules);
+    let theirs = rules.filter(|(chain, _)| chain.starts_with(CHAINS));
+    let zones = theirs.filter_map(|(_, rule)| zone_of(rule));
+    zones.filter(|(link, _)| link.starts_with("brq")).collect()
 }
 
-/// One table of a listing.
-#[derive(Default)]
-struct Table<'a> {
-    name: &'a str,
-    chains: Vec<&'a str>,
-    /// Without the `-A`: chain first.
-    rules: Vec<&'a str>,
-}
-
-impl<'a> Table<'a> {
-    fn clear(&self, script: &mut String) {
-        let mut doomed: BTreeSet<&str> =
-            self.chains.iter().copied().filter(|chain| chain.starts_with(CHAINS)).collect();
-        if doomed.is_empty() {
-            return;
-        }
-        let stays = |rule: &&str| {
-            chain_of(rule) == SHARED
-                && target_of(rule).is_none_or(|target| !doomed.contains(target))
-        };
-        if self.chains.contains(&SHARED) && !self.rules.iter().any(stays) {
-            doomed.insert(SHARED);
-        }
-        let leads_there = |rule: &&&'a str| {
-            !doomed.contains(chain_of(rule))
-                && target_of(rule).is_some_and(|target| doomed.contains(target))
-        };
-        // Writing to a string does not fail.
-        let _ = writeln!(script, "*{}", self.name);
-        for rule in self.rules.iter().filter(leads_there) {
-            let _ = writeln!(script, "-D {rule}");
-        }
-        for command in ["-F", "-X"] {
-            for chain in &doomed {
-                let _ = writeln!(script, "{command} {chain}");
-            }
-        }
-        script.push_str("COMMIT\n");
+fn cleared(table: &Saved) -> Option<String> {
+    let chains = table.chains.iter().map(String::as_str);
+    let mut doomed: BTreeSet<&str> = chains.filter(|chain| chain.starts_with(CHAINS)).collect();
+    if doomed.is_empty() {
+        return None;
     }
-}
-
-fn chain_of(rule: &str) -> &str {
-    rule.split(' ').next().unwrap_or_default()
-}
-
-/// Where a rule jumps to. A comment before it may hold the same letters, but not as its own last
-/// word: jumps of that agent have nothing after them.
-fn target_of(rule: &str) -> Option<&str> {
-    let (before, target) = rule.rsplit_once(' ')?;
-    before.ends_with(" -j").then_some(target)
+    let stays = |(chain, rule): &(String, String)| {
+        chain == SHARED && target_of(rule).is_none_or(|target| !doomed.contains(target))
+    };
+    if table.chains.iter().any(|chain| chain == SHARED) && !table.rules.iter().any(stays) {
+        doomed.insert(SHARED);
+    }
+    let mut script = format!("*{}\n", table.name);
+    table.clear(&doomed, &mut script);
+    script.push_str("COMMIT\n");
+    Some(script)
 }
 
 /// Calls of `ebtables` so that nothing of that agent is left of what `ebtables-save` printed.
 #[must_use]
-pub fn ebtables_commands(saved: &str) -> Vec<Vec<String>> {
+pub fn ebtables_commands(text: &str) -> Vec<Vec<String>> {
     let is_theirs = |chain: &str| BRIDGE_CHAINS.iter().any(|start| chain.starts_with(start));
-    let mut table = "";
-    let (mut jumps, mut flushes, mut deletions) = (Vec::new(), Vec::new(), Vec::new());
-    let command = |table: &str, words: &str| -> Vec<String> {
-        let all = format!("--concurrent -t {table} {words}");
-        all.split(' ').map(str::to_owned).collect()
-    };
-    for line in saved.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            table = name;
-        } else if let Some(chain) = line.strip_prefix(':').and_then(|rest| rest.split(' ').next()) {
-            if is_theirs(chain) {
-                flushes.push(command(table, &format!("-F {chain}")));
-                deletions.push(command(table, &format!("-X {chain}")));
-            }
-        } else if let Some(rule) = line.strip_prefix("-A ")
-            && !is_theirs(chain_of(rule))
-            && target_of(rule).is_some_and(is_theirs)
-        {
-            jumps.push(command(table, &format!("-D {rule}")));
+    let (mut jumps, mut rest) = (Vec::new(), Vec::new());
+    for table in saved(text) {
+        let chains = table.chains.iter().map(String::as_str);
+        let doomed: BTreeSet<&str> = chains.filter(|chain| is_theirs(chain)).collect();
+        let mut script = String::new();
+        table.clear(&doomed, &mut script);
+        for line in script.lines() {
+            let words = format!("--concurrent -t {} {line}", table.name);
+            let of = if line.starts_with("-D") { &mut jumps } else { &mut rest };
+            of.push(words.split(' ').map(str::to_owned).collect());
         }
     }
-    jumps.into_iter().chain(flushes).chain(deletions).collect()
+    jumps.append(&mut rest);
+    jumps
 }
 
 /// Whether an address set bears the name that the agent gives to those of security groups: `N`, the

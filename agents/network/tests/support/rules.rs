@@ -48,6 +48,10 @@ pub(crate) async fn saved() -> String {
             |it: &&str| ["stackhand", "foreign", "203.0.113."].iter().any(|word| it.contains(word));
         all.extend(saved.lines().filter(counts).map(|it| format!("{it}\n")));
     }
+    let sets = run("ipset save").await;
+    // Of a set that is made, all but its name is the kernel's choice.
+    let member = |line: &&str| line.starts_with("add ");
+    all.extend(sets.lines().filter(member).map(|it| format!("{it}\n")));
     all + &run("ipset list -name").await
 }
 

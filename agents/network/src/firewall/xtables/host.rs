@@ -123,10 +123,11 @@ impl Xtables {
     async fn saved(&self, variant: &str) -> Result<Listed, ExecError> {
         let mut all = BTreeMap::new();
         for (program, tables) in PROGRAMS {
-            let mut saved = saved::saved(&save(program, variant, tables).await?);
+            let saved = saved::saved(&save(program, variant, tables).await?);
             for name in tables {
-                let (_, table) = name.place();
-                all.insert(name, saved.remove(table).unwrap_or_default());
+                let (_, called) = name.place();
+                let table = saved.iter().find(|table| table.name == called);
+                all.insert(name, table.cloned().unwrap_or_default());
             }
         }
         Ok(all)

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 use stackhand_kernel::netfilter::Element;
 use stackhand_model::{Direction, Ethertype, MacAddr, SecurityGroupId};
 
 use super::super::clauses::clauses;
 use super::super::model::{Guard, Model};
-use super::super::ruleset::{Chain, Field, Rule, Ruleset, Set, Shape, Table, TableName, digest};
-use super::saved::{canonical, entry};
+use super::super::ruleset::{Chain, Field, Ruleset, Set, Shape, Table, TableName, address, digest};
+use super::saved::{entry, wanted, zone_of};
 use super::{DIGITS, words};
 
 const ARRIVAL: &str = "stackhand-arrival";
@@ -29,12 +29,11 @@ const FRAMES: [&str; 4] = ["IPv4", "IPv6", "ARP", "0x8035"];
 pub(in crate::firewall) fn zones(seen: &Ruleset) -> BTreeMap<String, u16> {
     let table = seen.tables.get(&TableName::Raw4);
     let rules = table.and_then(|table| table.chains.get(ARRIVAL)).map(|chain| &chain.rules);
-    let zone = |rule: &Rule| {
-        let words: Vec<&str> = rule.text.split(' ').collect();
-        let after = |option| words.iter().skip_while(move |word| **word != option).nth(1);
-        Some(((*after("-i")?).to_owned(), after("--zone")?.parse().ok()?))
-    };
-    rules.into_iter().flat_map(|rules| rules.iter()).filter_map(zone).collect()
+    rules
+        .into_iter()
+        .flat_map(|rules| rules.iter())
+        .filter_map(|rule| zone_of(&rule.text))
+        .collect()
 }
 
 /// The taps of no document whose chains are there and stay for a while.
@@ -169,8 +168,7 @@ impl Draft {
 
     /// Adds a line to a chain, which is made if it is not there.
     fn line(&mut self, table: TableName, chain: &str, line: impl Into<String>) {
-        let line = line.into();
-        let rule = if table.is_of_frames() { canonical(&line) } else { Rule::new(line) };
+        let rule = wanted(table, line.into());
         let chain = self.table(table).chains.entry(chain.to_owned()).or_default();
         Arc::make_mut(&mut chain.rules).push(rule);
     }
@@ -187,8 +185,7 @@ impl Draft {
 
     /// The line by which a chain of the host leads to one of ours.
     fn entry(&mut self, table: TableName, hook: &str, chain: &str) {
-        let line = format!("-j {chain}");
-        let rule = if table.is_of_frames() { canonical(&line) } else { Rule::new(line) };
+        let rule = wanted(table, format!("-j {chain}"));
         let new = Chain { base: Some(entry()), rules: Arc::new(vec![rule]) };
         self.table(table).chains.insert(hook.to_owned(), new);
     }
@@ -267,8 +264,7 @@ impl Draft {
         }
         self.line(frames, &is, "-j DROP");
 
-        let own =
-            |(mac, net): &(MacAddr, IpNet)| format!("-s {net} -m mac --mac-source {mac} -j RETURN");
+        let own = |(mac, net): &Source| format!("-s {net} -m mac --mac-source {mac} -j RETURN");
         // No guest serves DHCP.
         self.line(TableName::Raw4, &is, "-p udp -m udp --sport 67 --dport 68 -j DROP");
         self.chain(TableName::Raw4, &is, v4.iter().map(own));
@@ -364,28 +360,8 @@ pub(super) fn element(net: IpNet) -> Element {
 /// The range that an element is.
 pub(super) fn net(element: &Element) -> Option<IpNet> {
     let end = element.end.as_ref()?;
-    let same = |(one, other): (&u8, &u8)| (one ^ other).leading_zeros();
-    let alike: u32 = element
-        .key
-        .iter()
-        .zip(end)
-        .map(same)
-        .scan(true, |goes_on, bits| {
-            goes_on.then(|| {
-                *goes_on = bits == 8;
-                bits
-            })
-        })
-        .sum();
-    let length = u8::try_from(alike).ok()?;
-    match element.key.as_slice() {
-        four if four.len() == 4 => {
-            let address: [u8; 4] = four.try_into().ok()?;
-            Ipv4Net::new(address.into(), length).ok().map(IpNet::V4)
-        }
-        six => {
-            let address: [u8; 16] = six.try_into().ok()?;
-            Ipv6Net::new(address.into(), length).ok().map(IpNet::V6)
-        }
-    }
+    let number = |key: &[u8]| key.iter().fold(0, |number, byte| number << 8 | u128::from(*byte));
+    let unused = u128::BITS - 8 * u32::try_from(element.key.len()).ok()?;
+    let alike = (number(&element.key) ^ number(end)).leading_zeros().checked_sub(unused)?;
+    IpNet::new(address(&element.key)?, u8::try_from(alike).ok()?).ok()
 }

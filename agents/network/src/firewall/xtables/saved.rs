@@ -19,79 +19,97 @@ const MOST_MEMBERS: u32 = 1 << 20;
 const NAMED: [(&str, &str); 4] =
     [("IPv4", "0x800"), ("ARP", "0x806"), ("RARP", "0x8035"), ("IPv6", "0x86dd")];
 
-/// One table of one program as it was saved: the lines of its chains, without `-A` and the name.
+/// One table of one program as it was saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Saved(BTreeMap<String, Vec<String>>);
+pub(crate) struct Saved {
+    /// Its name.
+    pub(crate) name: String,
+    /// Its chains, those of the host among them.
+    pub(crate) chains: Vec<String>,
+    /// Its rules in order, each with its chain.
+    pub(crate) rules: Vec<(String, String)>,
+}
 
 /// What a chain of the host is that leads to ours: where packets enter it is its name.
 pub(super) fn entry() -> Base {
     Base { hook: 0, priority: 0, accepts: true }
 }
 
-/// The tables that a program saved, by name; or that the old `ebtables` lists, which saves only by a
-/// script that may be another's.
-pub(super) fn saved(text: &str) -> BTreeMap<String, Saved> {
-    let mut tables: BTreeMap<String, Saved> = BTreeMap::new();
-    let mut name = String::new();
+/// The tables that a program saved; or that the old `ebtables` lists, which saves only by a script that
+/// may be another's.
+pub(crate) fn saved(text: &str) -> Vec<Saved> {
+    let mut tables: Vec<Saved> = Vec::new();
     let mut listed = None;
     for line in text.lines() {
-        if let Some(table) = line.strip_prefix("Bridge table: ") {
-            table.trim().clone_into(&mut name);
-        } else if let Some(rest) = line.strip_prefix("Bridge chain: ") {
+        let begun = line.strip_prefix('*').or_else(|| line.strip_prefix("Bridge table: "));
+        if let Some(name) = begun {
+            tables.push(Saved { name: name.trim().to_owned(), ..Saved::default() });
+            listed = None;
+            continue;
+        }
+        let Some(table) = tables.last_mut() else { continue };
+        if let Some(rest) = line.strip_prefix("Bridge chain: ") {
             let chain = rest.split(',').next().unwrap_or_default().to_owned();
-            tables.entry(name.clone()).or_default().0.entry(chain.clone()).or_default();
+            table.chains.push(chain.clone());
             listed = Some(chain);
         } else if let Some(chain) = &listed {
             if !line.trim().is_empty() {
-                let table = tables.entry(name.clone()).or_default();
-                table.0.entry(chain.clone()).or_default().push(line.trim().to_owned());
+                table.rules.push((chain.clone(), line.trim().to_owned()));
             }
-        } else if let Some(table) = line.strip_prefix('*') {
-            table.trim().clone_into(&mut name);
         } else if let Some(rest) = line.strip_prefix(':') {
-            let chain = rest.split(' ').next().unwrap_or_default().to_owned();
-            tables.entry(name.clone()).or_default().0.entry(chain).or_default();
+            table.chains.push(rest.split(' ').next().unwrap_or_default().to_owned());
         } else if let Some((chain, rule)) =
             line.strip_prefix("-A ").and_then(|rest| rest.split_once(' '))
         {
-            let table = tables.entry(name.clone()).or_default();
-            table.0.entry(chain.to_owned()).or_default().push(rule.trim().to_owned());
+            table.rules.push((chain.to_owned(), rule.trim().to_owned()));
         }
     }
     tables
+}
+
+/// Where a rule jumps to, if that is the last that it says. A comment may hold the same letters, but not
+/// as its own last word.
+pub(crate) fn target_of(rule: &str) -> Option<&str> {
+    let (before, target) = rule.rsplit_once(' ')?;
+    (before == "-j" || before.ends_with(" -j")).then_some(target)
+}
+
+/// The link that a rule is about and the zone that it has its flows tracked in.
+pub(crate) fn zone_of(rule: &str) -> Option<(String, u16)> {
+    let words: Vec<&str> = rule.split(' ').collect();
+    let after = |option| words.iter().skip_while(move |word| **word != option).nth(1);
+    let link = after("-i").or_else(|| after("--physdev-in"))?;
+    Some(((*link).to_owned(), after("--zone")?.parse().ok()?))
 }
 
 fn is_ours(chain: &str) -> bool {
     chain.starts_with(PREFIX)
 }
 
-/// Whether a line of another's chain leads to one of ours.
-fn leads_to_ours(line: &str) -> bool {
-    let mut words = line.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
-    words.nth(1).is_some_and(is_ours)
+/// Whether a rule of another's chain leads to one of ours.
+fn leads_to_ours(rule: &str) -> bool {
+    target_of(rule).is_some_and(is_ours)
 }
 
 impl Saved {
     /// What of it is ours, if anything is.
     pub(super) fn ours(&self, name: TableName) -> Option<Table> {
-        let rule = |line: &String| {
-            if name.is_of_frames() {
-                canonical(line)
-            } else {
-                Rule { tag: comment_of(line).unwrap_or_default(), text: line.clone() }
-            }
-        };
+        let mut lines: BTreeMap<&String, Vec<&String>> =
+            self.chains.iter().map(|chain| (chain, Vec::new())).collect();
+        for (chain, rule) in &self.rules {
+            lines.entry(chain).or_default().push(rule);
+        }
         let mut table = Table::default();
-        for (chain, lines) in &self.0 {
+        for (chain, lines) in lines {
             let entered = !is_ours(chain);
             let mut rules: Vec<Rule> = Vec::new();
-            for (place, line) in lines.iter().enumerate() {
+            for (place, line) in lines.into_iter().enumerate() {
                 if !entered || leads_to_ours(line) {
                     if entered && place > rules.len() {
                         // Others' lines come before: ours is not where it should be.
                         rules.push(Rule::seen(None));
                     }
-                    rules.push(rule(line));
+                    rules.push(listed(name, line));
                 }
             }
             if !entered || !rules.is_empty() {
@@ -104,9 +122,9 @@ impl Saved {
 
     /// The part of a script that makes the changes of one table; nothing if there are none.
     pub(super) fn script(&self, name: TableName, edits: &[&Edit]) -> String {
-        let mut made = String::new();
-        let mut filled = String::new();
-        let mut gone: BTreeSet<&String> = BTreeSet::new();
+        let there: BTreeSet<&str> = self.chains.iter().map(String::as_str).collect();
+        let (mut made, mut filled) = (String::new(), String::new());
+        let mut gone: BTreeSet<&str> = BTreeSet::new();
         let policy = if name.is_of_frames() { "RETURN" } else { "- [0:0]" };
         for edit in edits {
             match edit {
@@ -114,7 +132,7 @@ impl Saved {
                     let _ = writeln!(made, ":{chain} {policy}");
                 }
                 Edit::Fill(_, chain, rules) if is_ours(chain) => {
-                    if self.0.contains_key(chain) {
+                    if there.contains(chain.as_str()) {
                         let _ = writeln!(made, "-F {chain}");
                     }
                     for rule in rules.iter() {
@@ -123,43 +141,73 @@ impl Saved {
                 }
                 Edit::Fill(_, chain, rules) => {
                     self.leave(chain, &mut filled);
+                    let place = if name.is_of_frames() { "" } else { "1 " };
                     for rule in rules.iter().rev() {
-                        let _ = match name.is_of_frames() {
-                            true => writeln!(filled, "-I {chain} {}", worded(name, rule)),
-                            false => writeln!(filled, "-I {chain} 1 {}", worded(name, rule)),
-                        };
+                        let _ = writeln!(filled, "-I {chain} {place}{}", worded(name, rule));
                     }
                 }
-                Edit::DropChain(_, chain) => {
-                    gone.insert(chain);
+                Edit::DropChain(_, chain) if is_ours(chain) => {
+                    gone.extend(there.get(chain.as_str()));
                 }
-                Edit::DropTable(_) => gone.extend(self.0.keys()),
+                Edit::DropChain(_, chain) => self.leave(chain, &mut filled),
+                Edit::DropTable(_) => gone.extend(there.iter().filter(|chain| is_ours(chain))),
                 _ => {}
             }
         }
-        for chain in gone.iter().filter(|chain| !is_ours(chain)) {
-            self.leave(chain, &mut filled);
+        // Chains that only we lead to are let go of here, too, when all go.
+        let all = edits.iter().any(|edit| matches!(edit, Edit::DropTable(_)));
+        if all {
+            self.clear(&gone, &mut filled)
+        } else {
+            delete(&gone, &mut filled)
         }
-        // Emptied before any is deleted: they lead to one another.
-        for word in ["-F", "-X"] {
-            for chain in gone.iter().filter(|chain| is_ours(chain) && self.0.contains_key(**chain))
-            {
-                let _ = writeln!(filled, "{word} {chain}");
-            }
-        }
-        let (_, table) = name.place();
-        let whole = made + &filled;
         // `ebtables` takes the next table, or the end, for the end of one.
         let end = if name.is_of_frames() { "" } else { "COMMIT\n" };
+        let (_, table) = name.place();
+        let whole = made + &filled;
         if whole.is_empty() { whole } else { format!("*{table}\n{whole}{end}") }
     }
 
     /// Takes our lines out of another's chain.
     fn leave(&self, chain: &str, script: &mut String) {
-        for line in self.0.get(chain).into_iter().flatten().filter(|line| leads_to_ours(line)) {
-            let _ = writeln!(script, "-D {chain} {line}");
+        for (_, rule) in self.rules.iter().filter(|(of, rule)| of == chain && leads_to_ours(rule)) {
+            let _ = writeln!(script, "-D {chain} {rule}");
         }
     }
+
+    /// Deletes chains, and the rules of others that lead to them.
+    pub(crate) fn clear(&self, doomed: &BTreeSet<&str>, script: &mut String) {
+        let leads_there = |(chain, rule): &&(String, String)| {
+            !doomed.contains(chain.as_str())
+                && target_of(rule).is_some_and(|target| doomed.contains(target))
+        };
+        for (chain, rule) in self.rules.iter().filter(leads_there) {
+            let _ = writeln!(script, "-D {chain} {rule}");
+        }
+        delete(doomed, script);
+    }
+}
+
+/// Deletes chains that nothing else leads to. They are emptied before: they lead to one another.
+fn delete(doomed: &BTreeSet<&str>, script: &mut String) {
+    for word in ["-F", "-X"] {
+        for chain in doomed {
+            let _ = writeln!(script, "{word} {chain}");
+        }
+    }
+}
+
+/// A rule as a program lists it.
+fn listed(name: TableName, line: &str) -> Rule {
+    if name.is_of_frames() {
+        return canonical(line);
+    }
+    Rule { tag: comment_of(line).unwrap_or_default(), text: line.to_owned() }
+}
+
+/// A rule as it is wanted.
+pub(super) fn wanted(name: TableName, line: String) -> Rule {
+    if name.is_of_frames() { canonical(&line) } else { Rule::new(line) }
 }
 
 /// A rule as the program is given it.

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::super::model::Guard;
 use super::super::ruleset::{Edit, Plan, Ruleset, TableName};
 use super::super::tests::model;
+use super::super::{Means, Rendered, Tracking};
 use super::render::{element, group_names, net};
 use super::saved::{canonical, members, members_script, saved};
 use super::{Model, kept, render};
@@ -63,14 +64,15 @@ proptest! {
                 Some(rest) => format!("-A {}", rest.replacen(" 1 ", " ", 1)),
                 None => line.to_owned(),
             }).collect();
-            let read = saved(&text.join("\n")).remove(name.place().1).unwrap();
+            let read = saved(&text.join("\n")).remove(0);
+            prop_assert_eq!(&read.name, name.place().1);
             prop_assert_eq!(read.ours(*name), Some(table.clone()), "{}", script);
         }
     }
 
     #[test]
     fn any_listing_is_read_without_harm(text in "([*:]|-A |create |add |Bridge chain: )?[ -~\n]{0,60}") {
-        for (_, table) in saved(&text) {
+        for table in saved(&text) {
             for name in TableName::ALL {
                 table.ours(name);
             }
@@ -102,13 +104,43 @@ fn frames_are_known_however_their_rules_are_listed() {
 #[test]
 fn a_line_of_ours_that_is_not_the_first_is_put_first() {
     let listed = "*filter\n:FORWARD ACCEPT\n-A FORWARD -j ACCEPT\n-A FORWARD -j stackhand-into\n";
-    let table = saved(listed).remove("filter").unwrap();
+    let table = saved(listed).remove(0);
     let seen = table.ours(TableName::FramesTo).unwrap().chains.remove("FORWARD").unwrap();
     let wanted = vec![canonical("-j stackhand-into")];
     assert_ne!(*seen.rules, wanted);
     let fill = Edit::Fill(TableName::FramesTo, "FORWARD".to_owned(), wanted.into());
     let script = table.script(TableName::FramesTo, &[&fill]);
     assert_eq!(script, "*filter\n-D FORWARD -j stackhand-into\n-I FORWARD -j stackhand-into\n");
+}
+
+#[test]
+fn a_rule_that_speaks_of_our_chains_and_does_not_lead_there_is_not_ours() {
+    let listed = "*filter\n:FORWARD ACCEPT [0:0]\n\
+        -A FORWARD -m comment --comment \"not -j stackhand-forward\" -j mine\n\
+        -A FORWARD -m comment --comment \"-j stackhand-forward\"\nCOMMIT\n";
+    assert_eq!(saved(listed).remove(0).ours(TableName::Filter4), None);
+}
+
+#[test]
+fn what_nftables_holds_stays_until_bridges_show_their_packets() {
+    let mut model = Model { unshown: true, ..Model::default() };
+    let (stateful, open, network) = (true, true, stackhand_model::NetworkId(Uuid::nil()));
+    let tap = "tap1".to_owned();
+    let guard =
+        Guard { tap, network, sources: BTreeSet::new(), groups: BTreeSet::new(), stateful, open };
+    model.guards.insert(PortId(Uuid::nil()), guard);
+    let rendered = || Rendered::default();
+    let nft = Means::Nftables(Tracking::BrNetfilter);
+    let seen = nft.tables(&model, &Ruleset::default(), &mut rendered(), None);
+    let goes = |model: &Model| {
+        let plan = Means::Iptables
+            .tables(model, &seen, &mut rendered(), None)
+            .plan(&seen, &BTreeSet::new());
+        plan.after.iter().filter(|edit| matches!(edit, Edit::DropTable(_))).count()
+    };
+    assert_eq!(goes(&model), 0);
+    model.unshown = false;
+    assert_eq!(goes(&model), 2);
 }
 
 #[test]
