@@ -24,6 +24,7 @@ mod session;
 mod stream;
 mod tls;
 mod topology;
+mod unhurried;
 mod url;
 
 use std::fmt;

@@ -1,10 +1,11 @@
 //! The asking side: calls with their answers, casts, notifications.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use serde_json::Value;
@@ -224,10 +225,15 @@ pub(super) async fn call(
             shared.counts.resent.add();
         }
         let sending = hand_over(shared, &session, target, &body, deadline, handed_over, silence);
+        let mut sending = pin!(sending);
         let sent = tokio::select! {
             biased;
-            answer = &mut waiting.answer => return answered(answer),
-            sent = sending => sent,
+            answer = &mut waiting.answer => {
+                // Most often the broker has confirmed it by now, which frees its channel.
+                let _ = sending.as_mut().now_or_never();
+                return answered(answer);
+            }
+            sent = &mut sending => sent,
             () = sleep_until(deadline) => return Err(timeout(limits.total)),
         };
         match sent {
@@ -303,6 +309,7 @@ async fn hand_over(
             body,
             expiration: Some(deadline.saturating_duration_since(Instant::now())),
             mandatory: true,
+            unhurried: true,
         };
         let sending = session.publish(&message);
         let sent = match silence {
@@ -341,6 +348,7 @@ pub(super) async fn cast(
         body: &body,
         expiration: None,
         mandatory: false,
+        unhurried: false,
     };
     send(shared, Needs::Exchange(&exchange), &message).await
 }
@@ -359,6 +367,7 @@ pub(super) async fn notify(shared: &Shared, notification: &Notification) -> Resu
         body: &body,
         expiration: None,
         mandatory: false,
+        unhurried: false,
     };
     send(shared, Needs::Queue(&queue), &message).await
 }

@@ -95,6 +95,13 @@ pub(super) async fn send_once(
     queue: &str,
     body: &[u8],
 ) -> Result<(), SendError> {
-    let message = Outgoing { exchange: "", key: queue, body, expiration: None, mandatory: true };
+    let message = Outgoing {
+        exchange: "",
+        key: queue,
+        body,
+        expiration: None,
+        mandatory: true,
+        unhurried: true,
+    };
     session.publish(&message).await
 }

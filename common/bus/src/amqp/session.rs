@@ -23,6 +23,7 @@ use crate::BusError;
 use crate::amqp::dial::Socket;
 use crate::amqp::link::chance;
 use crate::amqp::topology::{Exchange, Queue, lock_queue, text};
+use crate::amqp::unhurried::unhurried;
 
 /// Publishes at once per session. See [`Session::publish`].
 const LANES: usize = 16;
@@ -86,6 +87,9 @@ pub(super) struct Outgoing<'a> {
     pub(super) expiration: Option<Duration>,
     /// Tell us when no queue takes it.
     pub(super) mandatory: bool,
+    /// Its sender waits for something else, which comes soon after the confirmation, or for nothing:
+    /// to be woken for the confirmation alone costs more than it tells.
+    pub(super) unhurried: bool,
 }
 
 /// See the module.
@@ -424,7 +428,12 @@ impl Session {
             let confirm = async {
                 channel.basic_publish(exchange, key, options, message.body, properties).await?.await
             };
-            let outcome = confirm.await;
+            // While lanes are many, nobody waits for this one.
+            let outcome = if message.unhurried && self.free_lanes.available_permits() >= LANES / 2 {
+                unhurried(confirm).await
+            } else {
+                confirm.await
+            };
             if outcome.is_ok() {
                 locked(&self.lanes).push(channel);
             }

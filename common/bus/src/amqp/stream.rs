@@ -57,8 +57,14 @@ pub(super) async fn publish(
 
 async fn append(shared: &Shared, stream: &Stream, body: &[u8]) -> Result<(), BusError> {
     let queue = stream_queue(stream);
-    let message =
-        Outgoing { exchange: "", key: &queue.name, body, expiration: None, mandatory: true };
+    let message = Outgoing {
+        exchange: "",
+        key: &queue.name,
+        body,
+        expiration: None,
+        mandatory: true,
+        unhurried: false,
+    };
     send(shared, Needs::Queue(&queue), &message).await
 }
 
