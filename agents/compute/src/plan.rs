@@ -21,9 +21,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use stackhand_model::{FileFormat, ImageId, InstanceId, ObjectRef};
-use stackhand_runtime::agent::Outcome;
+use stackhand_runtime::agent::{Observed, Outcome};
 use uuid::Uuid;
 
 use crate::desired::Wanted;
@@ -278,14 +278,15 @@ fn image(wanted: &Wanted, situation: &Situation, id: ImageId, steps: &mut Vec<St
                 "contents": format!("sha256:{}", cached.contents),
                 "bytes": cached.bytes,
                 "virtual_bytes": cached.virtual_bytes,
-            }),
+            })
+            .into(),
         };
     }
     match fetch {
         Some(FetchState { failure: Some(failure), .. }) => Outcome::failed(failure.clone()),
         Some(fetch) => Outcome::Pending {
             reason: progress(fetch),
-            observed: json!({"progress_percent": fetch.percent}),
+            observed: json!({"progress_percent": fetch.percent}).into(),
         },
         None => {
             steps.push(Step::Fetch(id));
@@ -319,5 +320,5 @@ pub fn orphans<'a>(wanted: &Wanted, situation: &'a Situation) -> Vec<&'a DomainS
 }
 
 fn pending(reason: impl Into<String>) -> Outcome {
-    Outcome::Pending { reason: reason.into(), observed: Value::Null }
+    Outcome::Pending { reason: reason.into(), observed: Observed::default() }
 }

@@ -9,6 +9,7 @@ mod filters;
 mod guarding;
 mod outcome;
 mod passwords;
+mod sight;
 mod tasks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use serde_json::{Value, json};
 use stackhand_kernel::{Chain, KernelError};
 use stackhand_model::{AgentKind, ErrorCode, MacAddr, ObjectRef, PortId};
 use stackhand_runtime::agent::{
-    Action, Agent, Cause, Desired, Outcome, PassReport, PlannedStep, Refusal, Work,
+    Action, Agent, Cause, Desired, Observed, Outcome, PassReport, PlannedStep, Refusal, Work,
 };
 use stackhand_runtime::events::{EventLog, NewEvent};
 use stackhand_runtime::ledger::Journal;
@@ -44,6 +45,7 @@ use crate::watch::Watcher;
 use crate::{admit, probe};
 
 use guarding::Guarding;
+use sight::{LastSeen, Saw};
 use tasks::{Deed, Task};
 
 /// Changes that one pass tells one by one.
@@ -78,6 +80,8 @@ pub struct NetworkAgent {
     orphans: Mutex<BTreeMap<At, Instant>>,
     /// Objects that an event may help, as of the last pass.
     stuck: Arc<Mutex<BTreeSet<ObjectRef>>>,
+    /// What the last pass saw, for those who ask how objects are.
+    sight: Arc<LastSeen>,
     /// What the last pass found wrong with the host as a whole.
     troubles: Mutex<Vec<String>>,
     abilities: tokio::sync::OnceCell<Value>,
@@ -171,6 +175,7 @@ impl NetworkAgent {
             turn: tokio::sync::Mutex::default(),
             orphans: Mutex::default(),
             stuck,
+            sight: Arc::default(),
             troubles: Mutex::default(),
             abilities: tokio::sync::OnceCell::new(),
             desired: Mutex::default(),
@@ -514,9 +519,17 @@ impl Agent for NetworkAgent {
         self.serve(&wish, &seen, &mut failed).await;
         self.announce(&wish, &seen, news);
         let undone = outcome::undone(&tasks);
-        let mut outcomes =
-            outcome::outcomes(&work, &wish, &seen, &left, &failed, undone, unfiltered);
-        self.tell_passwords(&work.desired, &mut outcomes).await;
+        let saw = Saw {
+            passwords: self.passwords_of(&work.desired).await,
+            desired: Arc::clone(&work.desired),
+            unfiltered: unfiltered.is_some(),
+            wish,
+            seen,
+        };
+        let observed = Observed::Sight(Arc::<LastSeen>::clone(&self.sight));
+        let outcomes =
+            outcome::outcomes(&work, &saw, &left, &failed, undone, unfiltered, &observed);
+        self.sight.set(saw);
         let is_stuck =
             |outcome: &Outcome| matches!(outcome, Outcome::Failed { .. } | Outcome::Pending { .. });
         let stuck = outcomes.iter().filter(|(_, outcome)| is_stuck(outcome));

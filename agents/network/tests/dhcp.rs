@@ -256,7 +256,7 @@ fn a_guest_behind_a_tap_is_answered_as_a_hypervisor_would_hand_it_on() {
         let report = documents.settle(&agent).await;
         assert_eq!(report.writes, 0);
         let Outcome::Active { observed } = &report.outcomes[&object] else { unreachable!() };
-        assert_eq!(observed["carrier"], json!(true), "somebody has it open");
+        assert_eq!(observed.facts(&object)["carrier"], json!(true), "somebody has it open");
 
         let offer = wait_for(Duration::from_secs(5), "an offer on the tap", || {
             // Again and again, as clients do: the bridge may not pass frames on yet.

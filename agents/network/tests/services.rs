@@ -197,7 +197,7 @@ fn a_guest_leaves_a_password_once_and_its_owner_reads_it_from_its_port() {
         assert_eq!(get(other, "", path).await, (String::new(), 200), "nobody else's");
 
         let observed = |report: &PassReport, object| match &report.outcomes[&object] {
-            Outcome::Active { observed } => observed["password"].clone(),
+            Outcome::Active { observed } => observed.facts(&object)["password"].clone(),
             other => panic!("{other:?}"),
         };
         // Its owner reads it, also from an agent that started since.

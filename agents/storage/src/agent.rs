@@ -275,11 +275,11 @@ impl Agent for StorageAgent {
                 .any(|observed| observed.items.contains_key(&item));
             if !there {
                 let reason = format!("waits for {on}: {reason}");
-                outcomes.insert(object, Outcome::Pending { reason, observed: Value::Null });
+                outcomes.insert(object, Outcome::Pending { reason, observed: Value::Null.into() });
             }
         }
         for (object, reason) in failed {
-            outcomes.insert(object, Outcome::Failed { reason, observed: Value::Null });
+            outcomes.insert(object, Outcome::failed(reason));
         }
         // Their failure has been told now.
         self.works.forget(situation.works.iter().filter_map(|(&item, state)| {

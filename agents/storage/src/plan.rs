@@ -240,7 +240,7 @@ fn waits_its_turn() -> Standing {
 }
 
 fn pending(reason: String) -> Outcome {
-    Outcome::Pending { reason, observed: Value::Null }
+    Outcome::Pending { reason, observed: Value::Null.into() }
 }
 
 /// Items that backends hold and no document asks for. They are kept and told.

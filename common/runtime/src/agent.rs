@@ -6,6 +6,7 @@
 //! are not wishes, such as a reboot ([`Agent::act`]).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -59,27 +60,85 @@ pub struct Work {
     pub cause: Cause,
 }
 
+/// Facts seen on the host, for whoever asks how an object is.
+#[derive(Clone)]
+pub enum Observed {
+    /// As they are.
+    Facts(Value),
+    /// Made when somebody asks, of what the agent saw last: an agent with thousands of objects is
+    /// asked about few of them.
+    Sight(Arc<dyn Sight>),
+}
+
+/// What an agent saw last.
+pub trait Sight: Send + Sync {
+    /// Facts about an object; null if there are none.
+    fn facts(&self, object: &ObjectRef) -> Value;
+}
+
+impl Observed {
+    /// The facts about an object.
+    #[must_use]
+    pub fn facts(&self, object: &ObjectRef) -> Value {
+        match self {
+            Self::Facts(facts) => facts.clone(),
+            Self::Sight(sight) => sight.facts(object),
+        }
+    }
+}
+
+impl Default for Observed {
+    fn default() -> Self {
+        Self::Facts(Value::Null)
+    }
+}
+
+impl From<Value> for Observed {
+    fn from(facts: Value) -> Self {
+        Self::Facts(facts)
+    }
+}
+
+impl PartialEq for Observed {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Facts(one), Self::Facts(other)) => one == other,
+            (Self::Sight(one), Self::Sight(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Debug for Observed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Facts(facts) => facts.fmt(f),
+            Self::Sight(_) => f.write_str("Sight"),
+        }
+    }
+}
+
 /// How one object came out of a pass.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The host is as the document says.
     Active {
         /// Facts seen on the host.
-        observed: Value,
+        observed: Observed,
     },
     /// Work goes on by itself or waits for something; a wake or the timer brings the next pass.
     Pending {
         /// What it waits for.
         reason: String,
         /// Facts seen on the host.
-        observed: Value,
+        observed: Observed,
     },
     /// The attempt failed; the runtime retries with back-off.
     Failed {
         /// Why, naming object and action, with the remedy where one is known.
         reason: String,
         /// Facts seen on the host.
-        observed: Value,
+        observed: Observed,
     },
     /// The object was to go and is gone; its document may be forgotten.
     Gone,
@@ -89,13 +148,13 @@ impl Outcome {
     /// Active, with nothing to tell.
     #[must_use]
     pub fn active() -> Self {
-        Self::Active { observed: Value::Null }
+        Self::Active { observed: Observed::default() }
     }
 
     /// Failed, with nothing to tell but the reason.
     #[must_use]
     pub fn failed(reason: impl Into<String>) -> Self {
-        Self::Failed { reason: reason.into(), observed: Value::Null }
+        Self::Failed { reason: reason.into(), observed: Observed::default() }
     }
 
     /// The state in which this leaves an object.
@@ -220,5 +279,34 @@ pub trait Agent: Send + Sync + 'static {
     /// remedy. Cheap: called at every report.
     fn troubles(&self) -> Vec<String> {
         Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn facts_of_a_sight_are_those_of_the_moment_and_no_news() {
+        struct Count(AtomicU32);
+        impl Sight for Count {
+            fn facts(&self, object: &ObjectRef) -> Value {
+                json!({"id": object.id, "asked": self.0.fetch_add(1, Ordering::Relaxed)})
+            }
+        }
+        let object = ObjectRef { kind: stackhand_model::Kind::Port, id: Uuid::from_u128(1) };
+        let sight: Arc<dyn Sight> = Arc::new(Count(AtomicU32::new(0)));
+        let observed = Observed::Sight(Arc::clone(&sight));
+        assert_eq!(observed, Observed::Sight(sight));
+        for asked in 0..2 {
+            assert_eq!(observed.facts(&object), json!({"id": object.id, "asked": asked}));
+        }
+        let other = Observed::Sight(Arc::new(Count(AtomicU32::new(0))));
+        assert!(observed != other && observed != Observed::default());
     }
 }

@@ -14,13 +14,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use serde_json::Value;
 use stackhand_model::{ObjectRef, State};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use crate::agent::{Agent, Cause, Desired, Outcome, PassReport, Work};
+use crate::agent::{Agent, Cause, Desired, Observed, Outcome, PassReport, Work};
 use crate::events::{EventLog, NewEvent};
 use crate::health::{Health, Pulse};
 use crate::ledger::Ledger;
@@ -235,9 +234,9 @@ impl<A: Agent> Reconciler<A> {
                 Outcome::Failed { reason, observed } => (Some(reason), observed),
                 Outcome::Gone if held.deleting => {
                     gone.push(*object);
-                    (Some("gone; its document is being forgotten".to_owned()), Value::Null)
+                    (Some("gone; its document is being forgotten".to_owned()), Observed::default())
                 }
-                Outcome::Gone => (Some("it is gone from the host".to_owned()), Value::Null),
+                Outcome::Gone => (Some("it is gone from the host".to_owned()), Observed::default()),
             };
             if state == State::Error {
                 failures += 1;

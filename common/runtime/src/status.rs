@@ -11,7 +11,7 @@ use serde_json::Value;
 use stackhand_model::{Kind, ObjectRef, State, Status};
 use tokio::sync::watch;
 
-use crate::agent::{Desired, Held};
+use crate::agent::{Desired, Held, Observed};
 use crate::ledger::Ledger;
 
 /// The statuses of one agent's objects. Clones share them.
@@ -33,7 +33,7 @@ struct Shared {
 pub(crate) struct Finding {
     pub(crate) state: State,
     pub(crate) reason: Option<String>,
-    pub(crate) observed: Value,
+    pub(crate) observed: Observed,
     /// The document's generation that it is about.
     pub(crate) generation: u64,
     /// Whether the object was to go.
@@ -170,7 +170,7 @@ fn judge(
 ) -> Status {
     let generation = held.document.generation;
     // Facts stay of use while the next generation is worked on.
-    let observed = found.map_or(Value::Null, |it| it.observed.clone());
+    let observed = found.map_or(Value::Null, |it| it.observed.facts(&object));
     if let Some(found) = found.filter(|it| it.is_about(held)) {
         let (state, reason) = (found.state, found.reason.clone());
         return Status { object, state, reason, generation, observed };

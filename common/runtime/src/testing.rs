@@ -103,7 +103,7 @@ impl Agent for Toy {
             } else if name.starts_with("panics") {
                 panic!("toy panic");
             } else if name.starts_with("waits") {
-                Outcome::Pending { reason: "waits for a tap".into(), observed: Value::Null }
+                Outcome::Pending { reason: "waits for a tap".into(), observed: Value::Null.into() }
             } else if held.deleting {
                 report.writes += u64::from(self.host.lock().unwrap().remove(object).is_some());
                 Outcome::Gone
@@ -111,7 +111,7 @@ impl Agent for Toy {
                 let generation = held.document.generation;
                 let before = self.host.lock().unwrap().insert(*object, generation);
                 report.writes += u64::from(before != Some(generation));
-                Outcome::Active { observed: json!({"generation": generation}) }
+                Outcome::Active { observed: json!({"generation": generation}).into() }
             };
             report.outcomes.insert(*object, outcome);
         }

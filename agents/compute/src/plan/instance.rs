@@ -55,11 +55,11 @@ pub(super) fn plan(
         Ok(outcome) => outcome,
         Err(Stop::Waits(reason)) => Outcome::Pending {
             reason,
-            observed: domain.map_or(Value::Null, |domain| facts(domain, None)),
+            observed: domain.map_or(Value::Null, |domain| facts(domain, None)).into(),
         },
         Err(Stop::Fails(reason)) => Outcome::Failed {
             reason,
-            observed: domain.map_or(Value::Null, |domain| facts(domain, None)),
+            observed: domain.map_or(Value::Null, |domain| facts(domain, None)).into(),
         },
     }
 }
@@ -345,9 +345,9 @@ fn make(
         waits.push("it runs as it was before the change: reboot it hard to apply it".to_owned());
     }
     if !waits.is_empty() {
-        return Ok(Outcome::Pending { reason: waits.join("; "), observed });
+        return Ok(Outcome::Pending { reason: waits.join("; "), observed: observed.into() });
     }
-    Ok(Outcome::Active { observed })
+    Ok(Outcome::Active { observed: observed.into() })
 }
 
 /// What the disks are that come and go with the instance, by the devices they have in the guest.

@@ -1,7 +1,7 @@
 mod live;
 
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 use stackhand_model::{Document, ImageFormat, PowerState};
 use stackhand_runtime::agent::{Desired, Held};
 
@@ -248,6 +248,7 @@ fn a_guest_that_shut_itself_down_stays_off_until_told_and_then_may_do_so_again()
             Power::Off(OffReason::Shutdown);
         let plan = world.settle();
         let Outcome::Active { observed } = &plan.outcomes[&only(1)] else { panic!("{plan:?}") };
+        let observed = observed.facts(&only(1));
         assert_eq!(observed["power_state"], "shutoff");
         assert!(observed["power_reason"].as_str().unwrap().starts_with("the guest shut itself"));
         // The action start, as it is written into the record.

@@ -195,7 +195,8 @@ fn a_guest_waits_for_its_tap_and_one_that_powers_itself_off_stays_off() {
         driven.act(&changed, "reboot", json!({"type": "hard"})).await.unwrap();
         let observed = driven.until(object, "the guest to be off", |outcome| match outcome {
             stackhand_runtime::agent::Outcome::Active { observed } => {
-                (observed["power_state"] == "shutoff").then(|| observed.clone())
+                let observed = observed.facts(&object);
+                (observed["power_state"] == "shutoff").then_some(observed)
             }
             _ => None,
         });

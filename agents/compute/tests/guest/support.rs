@@ -149,7 +149,7 @@ impl Driven {
 
     pub(crate) async fn until_active(&self, object: ObjectRef) -> Value {
         self.until(object, &format!("{object} to be active"), |outcome| match outcome {
-            Outcome::Active { observed } => Some(observed.clone()),
+            Outcome::Active { observed } => Some(observed.facts(&object)),
             Outcome::Failed { reason, .. } => panic!("{object} failed: {reason}"),
             _ => None,
         })

@@ -1,32 +1,29 @@
 //! How each object came out of a pass, from what is wanted, seen, left to do and failed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
-use stackhand_model::{
-    Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortSpec, RouterId, RouterSpec,
-    SecurityGroupId, Spec,
-};
-use stackhand_runtime::agent::{Desired, Held, Outcome, Work};
+use stackhand_model::{Document, ObjectRef, PortId, SecurityGroupId, Spec};
+use stackhand_runtime::agent::{Desired, Held, Observed, Outcome, Work};
 
 use crate::desired::{HostWish, Standing};
-use crate::firewall::model::is_guarded;
 use crate::l2::{At, Owner, Plan, Seen, SeenKind};
 use crate::names;
 
+use super::sight::Saw;
 use super::tasks::Task;
 
 /// How the objects that were due came out.
 pub(super) fn outcomes(
     work: &Work,
-    wish: &HostWish,
-    seen: &Seen,
+    saw: &Saw,
     left: &Plan,
     failed: &BTreeMap<ObjectRef, String>,
     undone: BTreeMap<ObjectRef, String>,
     unfiltered: Option<&str>,
+    observed: &Observed,
 ) -> BTreeMap<ObjectRef, Outcome> {
+    let Saw { wish, seen, .. } = saw;
     let marked: BTreeSet<ObjectRef> = seen
         .links
         .values()
@@ -37,16 +34,7 @@ pub(super) fn outcomes(
             _ => None,
         })
         .collect();
-    // Links that somebody put into bridges of ours.
-    let mut strangers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (at, link) in seen.links.iter().take_while(|(at, _)| at.space.is_none()) {
-        if let Some(bridge) = &link.bridge
-            && !wish.l2.links.contains_key(at)
-        {
-            strangers.entry(bridge).or_default().push(&at.link);
-        }
-    }
-    let host = Host { wish, seen, left, failed, undone, marked, strangers, unfiltered };
+    let host = Host { wish, left, failed, undone, marked, unfiltered, observed };
     let of = |object: &ObjectRef| {
         work.desired
             .objects
@@ -69,20 +57,19 @@ pub(super) fn undone(tasks: &[Task]) -> BTreeMap<ObjectRef, String> {
 
 struct Host<'a> {
     wish: &'a HostWish,
-    seen: &'a Seen,
     left: &'a Plan,
     failed: &'a BTreeMap<ObjectRef, String>,
     undone: BTreeMap<ObjectRef, String>,
     marked: BTreeSet<ObjectRef>,
-    /// Links that are in a bridge and not ours, by the bridge's name.
-    strangers: BTreeMap<&'a str, Vec<&'a str>>,
     /// Why the firewall is not as it should be.
     unfiltered: Option<&'a str>,
+    /// What those are told who ask.
+    observed: &'a Observed,
 }
 
 impl Host<'_> {
     fn outcome(&self, object: ObjectRef, held: &Held, desired: &Desired) -> Outcome {
-        let observed = self.observed(&held.document);
+        let observed = self.observed.clone();
         let trouble = self.failed.get(&object).or_else(|| self.undone.get(&object)).cloned();
         if held.deleting {
             return match trouble {
@@ -146,103 +133,6 @@ impl Host<'_> {
             0 => "its links are going".to_owned(),
             count => format!("waits for {count} ports of it to be deleted"),
         }
-    }
-
-    fn observed(&self, document: &Document) -> Value {
-        match &document.spec {
-            Spec::Port(port) => self.port(PortId(document.id), port),
-            Spec::Network(_) => self.network(NetworkId(document.id)),
-            Spec::Router(router) => self.router(RouterId(document.id), router),
-            Spec::FloatingIp(floating) => self.floating_ip(floating),
-            Spec::SecurityGroup(_) => self.group(SecurityGroupId(document.id)),
-            _ => Value::Null,
-        }
-    }
-
-    fn port(&self, id: PortId, port: &PortSpec) -> Value {
-        let at = At::host(names::tap(id));
-        let mut facts = Map::new();
-        if let Some(link) = self.seen.links.get(&at) {
-            facts.insert("link".into(), json!(at.link));
-            facts.insert("mtu".into(), json!(link.mtu));
-            facts.insert("up".into(), json!(link.up));
-            facts.insert("carrier".into(), json!(link.carrier));
-            facts.insert("bridge".into(), json!(link.bridge));
-            if is_guarded(port) {
-                let filtered =
-                    self.wish.firewall.guards.contains_key(&id) && self.unfiltered.is_none();
-                facts.insert("filtered".into(), json!(filtered));
-            }
-        } else {
-            facts.insert("host".into(), json!(port.host));
-        }
-        Value::Object(facts)
-    }
-
-    fn router(&self, id: RouterId, router: &RouterSpec) -> Value {
-        let Some(service) = self.wish.routers.get(&id) else {
-            return json!({"host": router.host});
-        };
-        let links: Map<String, Value> = service
-            .links
-            .iter()
-            .filter_map(|link| {
-                let at = At::inside(service.space.clone(), link.link.clone());
-                let seen = self.seen.links.get(&at)?;
-                let addresses: Vec<String> =
-                    seen.addresses.iter().map(ToString::to_string).collect();
-                let facts = json!({
-                    "port": link.port, "addresses": addresses, "mtu": seen.mtu, "up": seen.up,
-                });
-                Some((link.link.clone(), facts))
-            })
-            .collect();
-        let nat = self.wish.l3.get(&service.space).map_or(0, |wanted| wanted.owners.len());
-        json!({"namespace": service.space, "links": links, "floating_ips": nat})
-    }
-
-    fn floating_ip(&self, floating: &FloatingIpSpec) -> Value {
-        let Some(service) = self.wish.routers.get(&floating.router) else { return Value::Null };
-        let wanted = self.wish.l3.get(&service.space);
-        let translations: Vec<String> = wanted
-            .into_iter()
-            .flat_map(|wanted| &wanted.nat)
-            .filter(|entry| IpAddr::V4(entry.address()) == floating.address)
-            .map(ToString::to_string)
-            .collect();
-        json!({"namespace": service.space, "translations": translations})
-    }
-
-    fn group(&self, id: SecurityGroupId) -> Value {
-        let firewall = &self.wish.firewall;
-        let here = firewall.guards.values().filter(|guard| guard.groups.contains(&id)).count();
-        let mut facts = json!({"ports_here": here, "enforced": self.unfiltered.is_none()});
-        if let Some(members) = firewall.members.get(&id) {
-            facts["members"] = json!(members.len());
-        }
-        facts
-    }
-
-    fn network(&self, id: NetworkId) -> Value {
-        let Some(wired) = self.wish.wired.get(&id) else { return json!({"wired": false}) };
-        let mut facts = json!({
-            "wired": true,
-            "bridge": wired.bridge,
-            "uplinks": wired.uplinks,
-            "mtu": wired.mtu,
-        });
-        // Told, not touched.
-        if let Some(guests) = self.strangers.get(wired.bridge.as_str()) {
-            facts["foreign_ports"] = json!(guests);
-        }
-        let space = names::dhcp_space(id);
-        let mut sites = self.wish.services.range(At::inside(space.clone(), "")..);
-        if let Some((at, site)) = sites.next()
-            && at.space.as_ref() == Some(&space)
-        {
-            facts["dhcp"] = site.facts(&space);
-        }
-        facts
     }
 }
 

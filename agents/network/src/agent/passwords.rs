@@ -1,11 +1,11 @@
-//! Passwords that guests left, as the statuses of their ports tell them and owners forget them.
+//! Passwords that guests left, and how their owners have them forgotten.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use stackhand_model::{Document, ErrorCode, InstanceId, Kind, ObjectRef, PortId, Spec};
-use stackhand_runtime::agent::{Action, Desired, Outcome, Refusal};
+use stackhand_model::{ErrorCode, InstanceId, PortId, PortSpec, Spec};
+use stackhand_runtime::agent::{Action, Desired, Refusal};
 
 use super::NetworkAgent;
 use crate::desired::guest_id;
@@ -15,9 +15,8 @@ use crate::services::metadata::Passwords;
 pub(super) const FORGET_PASSWORD: &str = "forget-password";
 
 /// The guest behind a port.
-fn guest(document: &Document) -> Option<InstanceId> {
-    let Spec::Port(spec) = &document.spec else { return None };
-    spec.guest.as_ref().map(|_| guest_id(PortId(document.id), spec))
+pub(super) fn guest(id: PortId, port: &PortSpec) -> Option<InstanceId> {
+    port.guest.as_ref().map(|_| guest_id(id, port))
 }
 
 impl NetworkAgent {
@@ -25,30 +24,16 @@ impl NetworkAgent {
         self.services.lock().await.passwords()
     }
 
-    /// Puts passwords into what was observed of ports, and forgets those of guests that went.
-    pub(super) async fn tell_passwords(
-        &self,
-        desired: &Desired,
-        outcomes: &mut BTreeMap<ObjectRef, Outcome>,
-    ) {
-        let Some(passwords) = self.passwords().await.filter(|it| !it.is_empty()) else { return };
-        let held = desired.objects.values().filter(|held| !held.deleting);
-        let guests = held.filter_map(|held| guest(&held.document)).collect();
-        passwords.keep_only(&guests).await;
-        for (object, outcome) in outcomes {
-            let observed = match outcome {
-                Outcome::Active { observed }
-                | Outcome::Pending { observed, .. }
-                | Outcome::Failed { observed, .. } => observed,
-                Outcome::Gone => continue,
-            };
-            let id = desired.objects.get(object).and_then(|held| guest(&held.document));
-            if let Some(password) = id.and_then(|id| passwords.of(id))
-                && let Value::Object(facts) = observed
-            {
-                facts.insert("password".into(), json!(password));
-            }
-        }
+    /// Forgets passwords of guests that went. Returns where those of the others are, if there are any.
+    pub(super) async fn passwords_of(&self, desired: &Desired) -> Option<Arc<Passwords>> {
+        let passwords = self.passwords().await.filter(|it| !it.is_empty())?;
+        let held = desired.objects.iter().filter(|(_, held)| !held.deleting);
+        let guests = held.filter_map(|(object, held)| match &held.document.spec {
+            Spec::Port(port) => guest(PortId(object.id), port),
+            _ => None,
+        });
+        passwords.keep_only(&guests.collect()).await;
+        Some(passwords)
     }
 
     /// The action `forget-password` of a port.
@@ -57,10 +42,11 @@ impl NetworkAgent {
             let message = format!("{} {text}", action.object);
             Err(Refusal::new(code, message).about(action.object))
         };
-        if action.object.kind != Kind::Port {
+        let Spec::Port(port) = &action.document.spec else {
             return refuse(ErrorCode::Unsupported, "leaves no password; name its guest's port");
-        }
-        let (Some(guest), Some(passwords)) = (guest(&action.document), self.passwords().await)
+        };
+        let (Some(guest), Some(passwords)) =
+            (guest(PortId(action.object.id), port), self.passwords().await)
         else {
             return refuse(ErrorCode::NotFound, "has no guest here that could leave a password");
         };

@@ -141,7 +141,8 @@ async fn a_volume_is_made_attached_and_a_second_pass_writes_nothing() {
     let Outcome::Active { observed } = &report.outcomes[&object(&attachment)] else {
         panic!("{report:?}")
     };
-    let connection: Connection = serde_json::from_value(observed["connection"].clone()).unwrap();
+    let connection: Connection =
+        serde_json::from_value(observed.facts(&object(&attachment))["connection"].clone()).unwrap();
     assert_eq!(connection, fake_place(&bench).connection(vol(1)));
 
     let again = bench.pass().await;

@@ -74,7 +74,7 @@ impl Planner<'_> {
                     facts["size_bytes"] = fixed.into();
                     facts["note"] = "it has grown; its host sees that once it logs in anew".into();
                 }
-                Outcome::Active { observed: facts }
+                Outcome::Active { observed: facts.into() }
             }
         }
     }

@@ -29,9 +29,13 @@ impl<'a> Planner<'a> {
         };
         if !deleting && self.due.contains(&item.object()) {
             let outcome = match &standing {
-                Standing::Ready { .. } => Outcome::Active { observed },
-                Standing::Waits(reason) => Outcome::Pending { reason: reason.clone(), observed },
-                Standing::Failed(reason) => Outcome::Failed { reason: reason.clone(), observed },
+                Standing::Ready { .. } => Outcome::Active { observed: observed.into() },
+                Standing::Waits(reason) => {
+                    Outcome::Pending { reason: reason.clone(), observed: observed.into() }
+                }
+                Standing::Failed(reason) => {
+                    Outcome::Failed { reason: reason.clone(), observed: observed.into() }
+                }
             };
             // A problem found by the way, such as a size that cannot shrink, was told already.
             self.plan.outcomes.entry(item.object()).or_insert(outcome);
@@ -183,7 +187,7 @@ impl<'a> Planner<'a> {
                         seen.bytes,
                         seen.bytes.div_ceil(GIB)
                     ),
-                    observed: facts.clone(),
+                    observed: facts.clone().into(),
                 },
             );
         } else if seen.bytes < bytes {
@@ -198,7 +202,7 @@ impl<'a> Planner<'a> {
                         object,
                         Outcome::Failed {
                             reason: format!("cannot grow: {reason}"),
-                            observed: facts.clone(),
+                            observed: facts.clone().into(),
                         },
                     );
                 }

@@ -13,7 +13,8 @@ async fn a_remote_host_gets_a_target_of_its_own_and_loses_it_when_it_has_let_go(
     let Outcome::Active { observed } = &report.outcomes[&object(&link)] else {
         panic!("{report:?}")
     };
-    let connection: Connection = serde_json::from_value(observed["connection"].clone()).unwrap();
+    let facts = observed.facts(&object(&link));
+    let connection: Connection = serde_json::from_value(facts["connection"].clone()).unwrap();
     let Connection::Iscsi { iqn, initiator, username, password, .. } = connection else {
         panic!("{connection:?}")
     };
