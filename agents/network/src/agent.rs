@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use smol_str::SmolStr;
 use stackhand_kernel::{Chain, KernelError};
 use stackhand_model::{AgentKind, ErrorCode, MacAddr, ObjectRef, PortId};
 use stackhand_runtime::agent::{
@@ -349,7 +350,7 @@ impl NetworkAgent {
         for (object, reason) in services.serve(&wish.services, find).await {
             troubled.entry(object).or_insert(reason);
         }
-        let names = wish.l2.spaces.keys().map(String::as_str).collect();
+        let names = wish.l2.spaces.keys().map(SmolStr::as_str).collect();
         self.watcher.follow(&names, |name| self.host.known_space(name)).await;
         let bridges = wish.l2.neighbours.keys();
         let bridges = bridges.filter_map(|name| self.host.known_index(&At::host(name.clone())));

@@ -19,6 +19,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::{BridgePort, Tap};
 use stackhand_model::{Direction, Document, MacAddr, NetworkId, ObjectRef, PortId, RouterId, Spec};
 use stackhand_model::{
@@ -84,9 +85,9 @@ pub struct HostWish {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wired {
     /// Its bridge.
-    pub bridge: String,
+    pub bridge: SmolStr,
     /// Its links to other hosts.
-    pub uplinks: BTreeSet<String>,
+    pub uplinks: BTreeSet<SmolStr>,
     /// Largest IP packet in bytes.
     pub mtu: u32,
 }
@@ -332,11 +333,11 @@ impl Builder<'_> {
         }
     }
 
-    fn local_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &str) {
+    fn local_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &SmolStr) {
         let mut set = Set {
             mark: Some(Mark::Port(id)),
             mtu: Some(mtu),
-            bridge: Some(Some(bridge.to_owned())),
+            bridge: Some(Some(bridge.clone())),
             up: Some(port.admin_up),
             ipv6_off: Some(true),
             port: Some(BridgePort::default()),
@@ -374,7 +375,7 @@ impl Builder<'_> {
             held
         });
         let rules = policy.and_then(|policy| PacketRules::of(id.object(), policy));
-        self.wish.firewall.packets.extend(rules.map(|rules| (names::tap(id), rules)));
+        self.wish.firewall.packets.extend(rules.map(|rules| (names::tap(id).into(), rules)));
         let bucket = |direction| policy.and_then(|policy| qos::shaper(policy, direction, mtu));
         set.shaper = Some(bucket(Direction::Ingress));
         set.redirect = Some(None);
@@ -416,14 +417,14 @@ impl Builder<'_> {
     fn firewall(&mut self, desired: &Desired) {
         let orphan = |(at, link): (&At, &SeenLink)| match link.owner {
             Owner::Ours(mark @ Mark::Port(_)) if at.space.is_none() => {
-                (!self.wish.l2.known.contains(&mark.object())).then(|| at.link.clone())
+                (!self.wish.l2.known.contains(&mark.object())).then(|| at.link.to_string())
             }
             _ => None,
         };
         let wired = self.wish.wired.iter();
         let around = Surroundings {
             host: &self.local.host,
-            bridges: wired.map(|(id, wired)| (*id, wired.bridge.clone())).collect(),
+            bridges: wired.map(|(id, wired)| (*id, wired.bridge.to_string())).collect(),
             has_link: &|name| self.seen.links.contains_key(&At::host(name)),
             orphans: self.seen.links.iter().filter_map(orphan).collect(),
             barred: self.wish.l2.contested.iter().map(|(_, object)| *object).collect(),

@@ -21,6 +21,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use smol_str::SmolStr;
 use stackhand_kernel::KernelError;
 use stackhand_kernel::netlink::{
     Bridge, BridgePort, Geneve, Gre, QueueKind, Routing, RoutingV6, Shaper, Tap, Vxlan,
@@ -45,21 +46,21 @@ mod worlds;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct At {
     /// The namespace; `None`: the agent's own.
-    pub space: Option<String>,
+    pub space: Option<SmolStr>,
     /// The link's name.
-    pub link: String,
+    pub link: SmolStr,
 }
 
 impl At {
     /// A link of the host itself.
     #[must_use]
-    pub fn host(link: impl Into<String>) -> Self {
+    pub fn host(link: impl Into<SmolStr>) -> Self {
         Self { space: None, link: link.into() }
     }
 
     /// A link of a namespace.
     #[must_use]
-    pub fn inside(space: impl Into<String>, link: impl Into<String>) -> Self {
+    pub fn inside(space: impl Into<SmolStr>, link: impl Into<SmolStr>) -> Self {
         Self { space: Some(space.into()), link: link.into() }
     }
 }
@@ -150,7 +151,7 @@ pub struct Set {
     /// Largest packet in bytes.
     pub mtu: Option<u32>,
     /// The bridge it belongs to; `Some(None)`: none.
-    pub bridge: Option<Option<String>>,
+    pub bridge: Option<Option<SmolStr>>,
     /// Up or down.
     pub up: Option<bool>,
     /// Whether IPv6 is off: nothing on a bridge of tenants may reach the host by it.
@@ -164,7 +165,7 @@ pub struct Set {
     /// What holds it to a rate; `Some(None)`: nothing of ours.
     pub shaper: Option<Option<Shaper>>,
     /// The link of the host that its received frames go to first; `Some(None)`: none.
-    pub redirect: Option<Option<String>>,
+    pub redirect: Option<Option<SmolStr>>,
     /// How packets that come by it are routed. Without IPv6 its part of that is nobody's business.
     pub routing: Option<Routing>,
 }
@@ -197,13 +198,13 @@ pub struct Forwarding {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
     /// Namespaces, with the mark of their loopback link.
-    pub spaces: BTreeMap<String, Mark>,
+    pub spaces: BTreeMap<SmolStr, Mark>,
     /// Links.
     pub links: BTreeMap<At, Wanted>,
     /// By link of an overlay.
-    pub forwarding: BTreeMap<String, Forwarding>,
+    pub forwarding: BTreeMap<SmolStr, Forwarding>,
     /// By bridge: the neighbours that it answers for.
-    pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
+    pub neighbours: BTreeMap<SmolStr, BTreeMap<IpAddr, MacAddr>>,
     /// Objects whose documents are held, wanted here or not. A marked link of another object is an
     /// orphan.
     pub known: BTreeSet<ObjectRef>,
@@ -268,7 +269,7 @@ pub struct SeenLink {
     /// Largest packet in bytes.
     pub mtu: u32,
     /// The bridge it belongs to.
-    pub bridge: Option<String>,
+    pub bridge: Option<SmolStr>,
     /// Whether it is up.
     pub up: bool,
     /// Whether it can carry frames; for a tap, whether a guest has it open.
@@ -283,7 +284,7 @@ pub struct SeenLink {
     pub queue: Option<QueueKind>,
     /// The link that its received frames go to first, by a redirect of ours; empty: one that is
     /// gone. Looked at only for links whose `ifb…` is there.
-    pub redirect: Option<String>,
+    pub redirect: Option<SmolStr>,
     /// How packets that come by it are routed.
     pub routing: Routing,
 }
@@ -292,13 +293,13 @@ pub struct SeenLink {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Namespaces that bear a name of ours, with the owner of their loopback link.
-    pub spaces: BTreeMap<String, Owner>,
+    pub spaces: BTreeMap<SmolStr, Owner>,
     /// All links of the host and of those namespaces.
     pub links: BTreeMap<At, SeenLink>,
     /// By link of an overlay that is marked as ours.
-    pub forwarding: BTreeMap<String, Forwarding>,
+    pub forwarding: BTreeMap<SmolStr, Forwarding>,
     /// By bridge that is marked as ours.
-    pub neighbours: BTreeMap<String, BTreeMap<IpAddr, MacAddr>>,
+    pub neighbours: BTreeMap<SmolStr, BTreeMap<IpAddr, MacAddr>>,
 }
 
 impl Seen {
@@ -314,14 +315,14 @@ pub enum Change {
     /// Makes a namespace, marks it, and sets its loopback link up. One that exists is marked.
     MakeSpace {
         /// Its name.
-        space: String,
+        space: SmolStr,
         /// Its mark.
         mark: Mark,
     },
     /// Deletes a namespace with all links in it.
     DeleteSpace {
         /// Its name.
-        space: String,
+        space: SmolStr,
     },
     /// Makes a link, set as wanted.
     Make {
@@ -361,7 +362,7 @@ pub enum Change {
     /// Points an address at a host, or adds a host to the flood list (`mac` absent).
     Forward {
         /// The VXLAN link.
-        link: String,
+        link: SmolStr,
         /// The address.
         mac: Option<MacAddr>,
         /// The host.
@@ -370,7 +371,7 @@ pub enum Change {
     /// The reverse.
     Unforward {
         /// The VXLAN link.
-        link: String,
+        link: SmolStr,
         /// The address.
         mac: Option<MacAddr>,
         /// The host.
@@ -379,21 +380,21 @@ pub enum Change {
     /// Tells the bridge that an address is behind the overlay's link.
     Place {
         /// The link.
-        link: String,
+        link: SmolStr,
         /// The address.
         mac: MacAddr,
     },
     /// The reverse.
     Unplace {
         /// The link.
-        link: String,
+        link: SmolStr,
         /// The address.
         mac: MacAddr,
     },
     /// Lets the bridge answer for an address.
     Answer {
         /// The bridge.
-        bridge: String,
+        bridge: SmolStr,
         /// The IP address.
         address: IpAddr,
         /// Its Ethernet address.
@@ -402,7 +403,7 @@ pub enum Change {
     /// The reverse.
     Unanswer {
         /// The bridge.
-        bridge: String,
+        bridge: SmolStr,
         /// The IP address.
         address: IpAddr,
         /// Its Ethernet address.

@@ -22,6 +22,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use smol_str::SmolStr;
 use stackhand_kernel::KernelError;
 use stackhand_model::ObjectRef;
 
@@ -47,7 +48,7 @@ pub struct Hop {
     /// The neighbour; `None`: the destination is on the link itself.
     pub via: Option<IpAddr>,
     /// The link's name.
-    pub link: String,
+    pub link: SmolStr,
 }
 
 /// What is wanted of a router besides its links.
@@ -64,7 +65,7 @@ pub struct Wanted {
 }
 
 /// What is wanted of this host's routers, by namespace.
-pub type Wish = BTreeMap<String, Wanted>;
+pub type Wish = BTreeMap<SmolStr, Wanted>;
 
 /// A route that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +98,7 @@ pub struct SeenRouter {
 }
 
 /// What the namespaces of routers have.
-pub type Seen = BTreeMap<String, Arc<SeenRouter>>;
+pub type Seen = BTreeMap<SmolStr, Arc<SeenRouter>>;
 
 /// One change to a router.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,7 +106,7 @@ pub enum Change {
     /// Builds the table anew, with these elements.
     Build {
         /// The namespace.
-        space: String,
+        space: SmolStr,
         /// Whether there is one to be deleted first.
         replace: bool,
         /// What its maps hold.
@@ -114,7 +115,7 @@ pub enum Change {
     /// Changes elements, all at once.
     Translate {
         /// The namespace.
-        space: String,
+        space: SmolStr,
         /// Elements that go.
         remove: BTreeSet<Entry>,
         /// Elements that come.
@@ -123,14 +124,14 @@ pub enum Change {
     /// Makes the kernel forget the flows that the entries name, and then removes these.
     Cut {
         /// The namespace.
-        space: String,
+        space: SmolStr,
         /// Entries of the kind [`Entry::Cut`].
         cuts: BTreeSet<Entry>,
     },
     /// Sets a route, in place of any other to the destination.
     SetRoute {
         /// The namespace.
-        space: String,
+        space: SmolStr,
         /// Where to.
         destination: IpNet,
         /// By which ways.
@@ -139,7 +140,7 @@ pub enum Change {
     /// Removes a route of ours.
     RemoveRoute {
         /// The namespace.
-        space: String,
+        space: SmolStr,
         /// Where to.
         destination: IpNet,
     },
@@ -150,7 +151,7 @@ pub trait RouterNet: Send + Sync {
     /// Looks at the routes and translations of those of `spaces` that exist.
     fn observe(
         &self,
-        spaces: &BTreeSet<String>,
+        spaces: &BTreeSet<SmolStr>,
     ) -> impl Future<Output = Result<Seen, KernelError>> + Send;
 
     /// Makes one change. Repeating one whose effect is there succeeds or says that it exists.

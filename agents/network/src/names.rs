@@ -7,6 +7,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use smol_str::{SmolStr, format_smolstr};
 use stackhand_kernel::netlink::MAX_LINK_NAME;
 use stackhand_model::{NetworkId, ObjectRef, PortId, RouterId};
 use uuid::Uuid;
@@ -79,50 +80,50 @@ impl FromStr for Mark {
 
 /// A network's bridge.
 #[must_use]
-pub fn bridge(network: NetworkId) -> String {
-    format!("brq{}", network.short())
+pub fn bridge(network: NetworkId) -> SmolStr {
+    format_smolstr!("brq{}", network.short())
 }
 
 /// A port's tap, or the host's end of the pair to a DHCP server or router.
 #[must_use]
-pub fn tap(port: PortId) -> String {
-    format!("tap{}", port.short())
+pub fn tap(port: PortId) -> SmolStr {
+    format_smolstr!("tap{}", port.short())
 }
 
 /// The link whose queue holds what a port's guest sends.
 #[must_use]
-pub fn ifb(port: PortId) -> String {
-    format!("ifb{}", port.short())
+pub fn ifb(port: PortId) -> SmolStr {
+    format_smolstr!("ifb{}", port.short())
 }
 
 /// The DHCP server's end of its pair.
 #[must_use]
-pub fn dhcp_link(port: PortId) -> String {
-    format!("ns-{}", port.short())
+pub fn dhcp_link(port: PortId) -> SmolStr {
+    format_smolstr!("ns-{}", port.short())
 }
 
 /// The namespace of a network's DHCP server.
 #[must_use]
-pub fn dhcp_space(network: NetworkId) -> String {
-    format!("qdhcp-{network}")
+pub fn dhcp_space(network: NetworkId) -> SmolStr {
+    format_smolstr!("qdhcp-{network}")
 }
 
 /// The namespace of a router.
 #[must_use]
-pub fn router_space(router: RouterId) -> String {
-    format!("qrouter-{router}")
+pub fn router_space(router: RouterId) -> SmolStr {
+    format_smolstr!("qrouter-{router}")
 }
 
 /// A router's link on an internal network.
 #[must_use]
-pub fn router_link(port: PortId) -> String {
-    format!("qr-{}", port.short())
+pub fn router_link(port: PortId) -> SmolStr {
+    format_smolstr!("qr-{}", port.short())
 }
 
 /// A router's link on its external network.
 #[must_use]
-pub fn gateway_link(port: PortId) -> String {
-    format!("qg-{}", port.short())
+pub fn gateway_link(port: PortId) -> SmolStr {
+    format_smolstr!("qg-{}", port.short())
 }
 
 /// The object whose namespace would have this name.
@@ -140,33 +141,33 @@ pub fn object_of_space(name: &str) -> Option<ObjectRef> {
 
 /// The link that carries a VNI between hosts.
 #[must_use]
-pub fn vxlan(vni: u32) -> String {
-    format!("vxlan-{vni}")
+pub fn vxlan(vni: u32) -> SmolStr {
+    format_smolstr!("vxlan-{vni}")
 }
 
 /// The link of one VLAN of another link: `eth0.7`. Where that would be too long for the kernel,
 /// the other link's name is cut and told apart by its digest, as the Linux bridge agent does it.
 #[must_use]
-pub fn vlan(link: &str, id: u16) -> String {
-    let name = format!("{link}.{id}");
+pub fn vlan(link: &str, id: u16) -> SmolStr {
+    let name = format_smolstr!("{link}.{id}");
     if name.len() <= MAX_LINK_NAME {
         return name;
     }
     let start: String = link.chars().take(4).collect();
     let digest = sha1_smol::Sha1::from(link).digest().to_string();
-    format!("{start}{}.{id}", &digest[..6])
+    format_smolstr!("{start}{}.{id}", &digest[..6])
 }
 
 /// The link that carries a network to another host by GRE.
 #[must_use]
-pub fn gre(network: NetworkId, remote: IpAddr) -> String {
-    format!("gre-{}", toward(network, remote))
+pub fn gre(network: NetworkId, remote: IpAddr) -> SmolStr {
+    format_smolstr!("gre-{}", toward(network, remote))
 }
 
 /// The link that carries a network to another host by Geneve.
 #[must_use]
-pub fn geneve(network: NetworkId, remote: IpAddr) -> String {
-    format!("gnv-{}", toward(network, remote))
+pub fn geneve(network: NetworkId, remote: IpAddr) -> SmolStr {
+    format_smolstr!("gnv-{}", toward(network, remote))
 }
 
 /// Eleven characters for a network and another host.

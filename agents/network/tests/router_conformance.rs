@@ -69,7 +69,7 @@ fn wish((leads, doors, snat, routes): &World) -> Wish {
         let destination = format!("198.51.{net}.0/24").parse().unwrap();
         wanted.routes.insert(destination, hops.iter().map(hop).collect());
     }
-    [(SPACE.to_owned(), wanted)].into()
+    [(SPACE.into(), wanted)].into()
 }
 
 /// Plans and performs until nothing is left; returns the changes of the first round and what is
@@ -77,7 +77,7 @@ fn wish((leads, doors, snat, routes): &World) -> Wish {
 async fn converge(routers: &impl RouterNet, wish: &Wish) -> (Vec<Change>, Seen) {
     let mut first = None;
     for _ in 0..4 {
-        let seen = routers.observe(&[SPACE.to_owned()].into()).await.unwrap();
+        let seen = routers.observe(&[SPACE.into()].into()).await.unwrap();
         let steps = plan(wish, &seen);
         if steps.is_empty() {
             return (first.unwrap_or_default(), seen);
@@ -109,7 +109,7 @@ fn a_long_walk_of_a_router_leaves_both_in_the_same_state() {
         host.observe().await.unwrap();
         let kernel = KernelRouters::new(Arc::clone(&host));
         let fake = FakeRouters::default();
-        let start = kernel.observe(&[SPACE.to_owned()].into()).await.unwrap();
+        let start = kernel.observe(&[SPACE.into()].into()).await.unwrap();
         fake.meddle(|seen| *seen = start);
         let mut runner = TestRunner::deterministic();
         for turn in 0..60 {

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use smol_str::SmolStr;
 use stackhand_kernel::Chain;
 use stackhand_model::{Direction, ErrorCode, MacAddr, ObjectRef, PortId, RouterId, Spec};
 use stackhand_runtime::agent::{Action, Desired, Refusal};
@@ -242,8 +243,8 @@ fn way(tap: &At, asked: &Question, host: &str, wish: &HostWish, seen: &Seen) -> 
     let wired = wish.wired.values().find(|wired| wired.bridge == bridge);
     let (mac, peer) = (asked.peer.mac, &asked.peer.host);
     // Of links that each lead to one host, the one behind which the bridge was told the address is.
-    let told = |uplink: &&String| {
-        seen.forwarding.get(*uplink).is_some_and(|table| table.in_bridge.contains(&mac))
+    let told = |uplink: &&SmolStr| {
+        seen.forwarding.get(uplink.as_str()).is_some_and(|table| table.in_bridge.contains(&mac))
     };
     let uplinks = wired.map(|wired| &wired.uplinks).into_iter().flatten();
     let Some(uplink) = uplinks.clone().find(told).or_else(|| uplinks.clone().next()) else {

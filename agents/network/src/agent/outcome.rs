@@ -106,7 +106,7 @@ impl Host<'_> {
             Spec::Port(_) => {
                 let port = PortId(document.id);
                 firewall.guards.contains_key(&port)
-                    || firewall.packets.contains_key(&names::tap(port))
+                    || firewall.packets.contains_key(names::tap(port).as_str())
             }
             Spec::SecurityGroup(_) => firewall.groups.contains_key(&SecurityGroupId(document.id)),
             _ => false,
@@ -173,7 +173,7 @@ pub(super) fn link_facts(seen: &Seen) -> Value {
                 "addresses": addresses,
                 "bridge": link.bridge,
             });
-            (at.link.clone(), facts)
+            (at.link.to_string(), facts)
         })
         .collect();
     Value::Object(facts)

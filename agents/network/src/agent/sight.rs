@@ -100,7 +100,7 @@ impl Saw {
                 let facts = json!({
                     "port": link.port, "addresses": addresses, "mtu": seen.mtu, "up": seen.up,
                 });
-                Some((link.link.clone(), facts))
+                Some((link.link.to_string(), facts))
             })
             .collect();
         let nat = self.wish.l3.get(&service.space).map_or(0, |wanted| wanted.owners.len());

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use smol_str::SmolStr;
 use stackhand_model::ObjectRef;
 
 use crate::desired::HostWish;
@@ -74,8 +75,8 @@ pub(super) fn in_order(links: &Plan, routers: Vec<l3::Step>) -> Vec<Task> {
 pub(super) fn reachable<'a>(
     wish: &'a HostWish,
     seen: &Seen,
-) -> BTreeMap<&'a String, &'a l3::Wanted> {
-    let ours = |space: &String| match seen.spaces.get(space) {
+) -> BTreeMap<&'a SmolStr, &'a l3::Wanted> {
+    let ours = |space: &SmolStr| match seen.spaces.get(space) {
         None | Some(Owner::Unfinished) => true,
         Some(Owner::Ours(mark)) => wish.l2.spaces.get(space) == Some(mark),
         Some(Owner::Foreign(_)) => false,

@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::BridgePort;
 use stackhand_model::{MacAddr, NetworkId, PortId};
 use stackhand_model::{NetworkSpec, PortOwner, PortSpec, Subnet};
@@ -42,7 +43,7 @@ impl Builder<'_> {
         id: NetworkId,
         network: &NetworkSpec,
         mtu: u32,
-        bridge: &str,
+        bridge: &SmolStr,
     ) -> Option<bool> {
         let Server { port, mac, spec: own } = self.dhcp_server(id, true);
         if own.is_none() && network.dhcp_hosts.len() > 1 {
@@ -101,7 +102,7 @@ impl Builder<'_> {
             object: id.object(),
             make: Make::Pair { peer: far.clone(), peer_mac: mac },
             set: Set {
-                bridge: Some(Some(bridge.to_owned())),
+                bridge: Some(Some(bridge.clone())),
                 port: Some(BridgePort { isolated: kept_apart, ..BridgePort::default() }),
                 ipv6_off: Some(true),
                 ..common.clone()

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::BridgePort;
 use stackhand_model::{
     Document, FixedIp, FloatingIpId, FloatingIpSpec, NetworkId, NetworkSpec, ObjectRef, PortId,
@@ -25,7 +26,7 @@ use crate::services::metadata::{ADDRESS_V4, ADDRESS_V6};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouterService {
     /// Its namespace.
-    pub space: String,
+    pub space: SmolStr,
     /// Its links, the gateway's first.
     pub links: Vec<RouterLink>,
 }
@@ -38,7 +39,7 @@ pub struct RouterLink {
     /// The network it is on.
     pub network: NetworkId,
     /// Its name in the router's namespace.
-    pub link: String,
+    pub link: SmolStr,
     /// Whether it is the way out.
     pub is_gateway: bool,
     /// The port's addresses with the prefixes of their subnets, in the document's order.
@@ -186,7 +187,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Wants the pair that joins a router's port to its network's bridge.
-    pub(super) fn router_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &str) {
+    pub(super) fn router_port(&mut self, id: PortId, port: &PortSpec, mtu: u32, bridge: &SmolStr) {
         let router = self.routed.get(&id).and_then(|router| self.wish.routers.get(router));
         let found = router.and_then(|router| {
             let link = router.links.iter().find(|link| link.port == id)?;
@@ -212,7 +213,7 @@ impl<'a> Builder<'a> {
             object: id.object(),
             make: Make::Pair { peer: far.clone(), peer_mac: port.mac },
             set: Set {
-                bridge: Some(Some(bridge.to_owned())),
+                bridge: Some(Some(bridge.clone())),
                 ipv6_off: Some(true),
                 port: Some(BridgePort::default()),
                 ..common.clone()
@@ -241,7 +242,11 @@ impl<'a> Builder<'a> {
         for (id, router) in self.all_routers() {
             let Some(service) = self.wish.routers.get(&id).cloned() else { continue };
             let missing = service.links.iter().find(|link| {
-                !self.wish.l2.links.contains_key(&At::inside(&service.space, &link.link))
+                !self
+                    .wish
+                    .l2
+                    .links
+                    .contains_key(&At::inside(service.space.clone(), link.link.clone()))
             });
             if let Some(link) = missing {
                 let reason = match self.wish.standing.get(&link.network.object()) {
@@ -264,7 +269,7 @@ impl<'a> Builder<'a> {
             {
                 let snat = router.gateway.as_ref().is_some_and(|gateway| gateway.snat);
                 for link in service.links.iter().filter(|link| snat || !link.is_gateway) {
-                    wanted.nat.insert(Entry::Masked { link: link.link.clone(), address });
+                    wanted.nat.insert(Entry::Masked { link: link.link.to_string(), address });
                 }
             }
             self.wish.l3.insert(service.space.clone(), wanted);
@@ -412,7 +417,7 @@ impl<'a> Builder<'a> {
         if let Some(port) = holders.get(&spec.address) {
             return failed(format!("address: {address} is that of port {port}; take a free one"));
         }
-        let qg = At::inside(&service.space, &gateway.link);
+        let qg = At::inside(service.space.clone(), gateway.link.clone());
         let (Some(wanted), Some(link)) =
             (self.wish.l3.get_mut(&service.space), self.wish.l2.links.get_mut(&qg))
         else {

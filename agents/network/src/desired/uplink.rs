@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::{BridgePort, Geneve, Gre, Vxlan};
 use stackhand_model::{MacAddr, NetworkId, NetworkSpec, NetworkType};
 
@@ -135,9 +136,9 @@ impl Builder<'_> {
         (id, network): (NetworkId, &NetworkSpec),
         uplink: &Uplink,
         mtu: u32,
-        bridge: &str,
+        bridge: &SmolStr,
         kept_apart: bool,
-    ) -> BTreeSet<String> {
+    ) -> BTreeSet<SmolStr> {
         let port = BridgePort { isolated: kept_apart, ..BridgePort::default() };
         let ours = |make, port| Wanted {
             object: id.object(),
@@ -145,7 +146,7 @@ impl Builder<'_> {
             set: Set {
                 mark: Some(Mark::Network(id)),
                 mtu: Some(mtu),
-                bridge: Some(Some(bridge.to_owned())),
+                bridge: Some(Some(bridge.clone())),
                 up: Some(true),
                 ipv6_off: Some(true),
                 port: Some(port),
@@ -154,14 +155,14 @@ impl Builder<'_> {
             addresses: None,
         };
         let tunnel = BridgePort { neighbour_suppression: true, ..port };
-        let mut links = BTreeMap::new();
+        let mut links: BTreeMap<SmolStr, Wanted> = BTreeMap::new();
         let mut neighbours = BTreeMap::new();
         match &uplink.kind {
             Kind::None => {}
             Kind::Flat { link } => {
                 let mut wanted = ours(Make::Brought, port);
                 wanted.set = Set { mark: None, mtu: None, ipv6_off: None, ..wanted.set };
-                links.insert(link.clone(), wanted);
+                links.insert(link.into(), wanted);
             }
             Kind::Vlan { link, id } => {
                 self.parents.insert(link.clone());
@@ -215,8 +216,10 @@ impl Builder<'_> {
                 }
             }
         }
-        self.wish.l2.neighbours.insert(bridge.to_owned(), neighbours);
-        let wanted = |(name, wanted)| self.want(At::host(&name), wanted).then_some(name);
+        self.wish.l2.neighbours.insert(bridge.clone(), neighbours);
+        let wanted = |(name, wanted): (SmolStr, _)| {
+            self.want(At::host(name.clone()), wanted).then_some(name)
+        };
         links.into_iter().filter_map(wanted).collect()
     }
 

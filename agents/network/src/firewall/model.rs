@@ -169,7 +169,7 @@ impl Model {
             if let Some(bridge) = around.bridges.get(&port.network) {
                 model.bridges.insert(port.network, bridge.clone());
             }
-            model.guard(id, port, tap, deleting, &groups);
+            model.guard(id, port, tap.into(), deleting, &groups);
         }
         model.members(&ports, &groups);
         model

@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::{Address, Journal, Link, Links, WriteCount, is_closed};
 use stackhand_kernel::{KernelError, Netns, NetnsId};
 
@@ -50,7 +51,7 @@ pub struct NetlinkHost {
 }
 
 /// What namespaces had, by name.
-type Insides = BTreeMap<String, Arc<Inside>>;
+type Insides = BTreeMap<SmolStr, Arc<Inside>>;
 
 /// What a namespace had when it was looked at.
 #[derive(Debug)]
@@ -139,7 +140,7 @@ impl NetlinkHost {
 
     /// Names of a namespace's links by number, as last seen.
     #[must_use]
-    pub fn names_in(&self, space: &str) -> BTreeMap<u32, String> {
+    pub fn names_in(&self, space: &str) -> BTreeMap<u32, SmolStr> {
         let indices = lock(&self.indices);
         let first = At::inside(space, "");
         let inside =
@@ -271,7 +272,7 @@ impl NetlinkHost {
         let mut insides = Insides::new();
         for (name, id) in spaces {
             let inside = self.inside(&name, id).await?;
-            insides.insert(name, inside);
+            insides.insert(name.into(), inside);
         }
         Ok(insides)
     }

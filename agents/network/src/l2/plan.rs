@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::{QueueKind, Routing, Shaper};
 use stackhand_model::ObjectRef;
 
@@ -75,14 +76,14 @@ struct Planner<'a> {
     /// Links that are deleted first to be made anew.
     remade: BTreeSet<At>,
     /// Bridges under names of ours that are not ours: nothing is put into them.
-    barred: BTreeSet<String>,
+    barred: BTreeSet<SmolStr>,
 }
 
 /// What is deleted last: by namespace, with the object each link served.
 #[derive(Default)]
 struct Doomed {
-    links: BTreeMap<Option<String>, Vec<(At, Option<ObjectRef>)>>,
-    spaces: BTreeMap<String, Option<ObjectRef>>,
+    links: BTreeMap<Option<SmolStr>, Vec<(At, Option<ObjectRef>)>>,
+    spaces: BTreeMap<SmolStr, Option<ObjectRef>>,
 }
 
 impl<'a> Planner<'a> {
@@ -149,7 +150,7 @@ impl<'a> Planner<'a> {
     /// Deletes links of ours that cannot be changed into what is wanted, or that served another
     /// object which does not want them any more.
     fn make_room(&mut self, sweep: &BTreeSet<At>) {
-        let mut doomed: BTreeMap<Option<String>, (ObjectRef, Vec<At>)> = BTreeMap::new();
+        let mut doomed: BTreeMap<Option<SmolStr>, (ObjectRef, Vec<At>)> = BTreeMap::new();
         for (at, wanted) in &self.wish.links {
             let Some(mark) = wanted.set.mark else { continue };
             let Some(link) = self.seen.links.get(at) else { continue };

@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use smol_str::SmolStr;
 use stackhand_kernel::Netns;
 use stackhand_kernel::packet::{self, Receive};
 use stackhand_model::MacAddr;
@@ -32,7 +33,7 @@ const ALL_NODES: (Ipv6Addr, MacAddr) =
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Announced {
     /// Its namespace.
-    pub space: String,
+    pub space: SmolStr,
     /// Its number there.
     pub index: u32,
     /// Its Ethernet address.
@@ -45,7 +46,7 @@ pub struct Announced {
 #[derive(Debug, Default)]
 pub struct Announcer {
     /// By namespace.
-    tasks: Mutex<BTreeMap<String, JoinSet<()>>>,
+    tasks: Mutex<BTreeMap<SmolStr, JoinSet<()>>>,
 }
 
 impl Announcer {
@@ -56,7 +57,7 @@ impl Announcer {
         while tasks.try_join_next().is_some() {}
         tasks.spawn(async move {
             if let Err(error) = announce(&link).await {
-                debug!(space = link.space, %error, "cannot announce addresses");
+                debug!(space = %link.space, %error, "cannot announce addresses");
             }
         });
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use smol_str::SmolStr;
 use stackhand_kernel::KernelError;
 
 use super::{Change, Entry, RouterNet, Seen, SeenNat, SeenRoute, SeenRouter};
@@ -38,9 +39,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl RouterNet for FakeRouters {
-    async fn observe(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
+    async fn observe(&self, spaces: &BTreeSet<SmolStr>) -> Result<Seen, KernelError> {
         let mut seen = self.seen();
-        seen.retain(|space, _| spaces.contains(space));
+        seen.retain(|space, _| spaces.contains(space.as_str()));
         Ok(seen)
     }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use smol_str::{SmolStr, format_smolstr};
 use stackhand_kernel::exec::Program;
 use stackhand_kernel::netfilter::{Netfilter, NftChange, Structure};
 use stackhand_kernel::netlink::{self, RouteEntry, WriteCount, is_closed};
@@ -73,7 +74,7 @@ impl KernelRouters {
         self.rules.get_or_try_init(load_rules).await
     }
 
-    async fn look(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
+    async fn look(&self, spaces: &BTreeSet<SmolStr>) -> Result<Seen, KernelError> {
         let mut seen = Seen::new();
         for name in spaces {
             // As of the host's last look, from which the links' numbers are, too.
@@ -104,7 +105,7 @@ impl KernelRouters {
         let names = self.host.names_in(space);
         let hop = |hop: &netlink::Hop| {
             let link = names.get(&hop.link).cloned();
-            Hop { via: hop.gateway, link: link.unwrap_or_else(|| hop.link.to_string()) }
+            Hop { via: hop.gateway, link: link.unwrap_or_else(|| format_smolstr!("{}", hop.link)) }
         };
         let route = |route: &RouteEntry| {
             let hops = route.hops.iter().map(hop).collect();
@@ -186,7 +187,7 @@ fn changes(entries: &BTreeSet<Entry>, add: bool) -> Vec<NftChange> {
 }
 
 impl RouterNet for KernelRouters {
-    async fn observe(&self, spaces: &BTreeSet<String>) -> Result<Seen, KernelError> {
+    async fn observe(&self, spaces: &BTreeSet<SmolStr>) -> Result<Seen, KernelError> {
         match self.look(spaces).await {
             // A socket that failed is of no more use: open new ones.
             Err(error) if is_closed(&error) => {

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use smol_str::SmolStr;
 use stackhand_model::ObjectRef;
 
 use super::{Change, Entry, Seen, SeenNat, SeenRouter, Wanted};
@@ -22,7 +23,7 @@ pub struct Step {
 /// will be made.
 #[must_use]
 pub fn plan<'a>(
-    wish: impl IntoIterator<Item = (&'a String, &'a Wanted)>,
+    wish: impl IntoIterator<Item = (&'a SmolStr, &'a Wanted)>,
     seen: &Seen,
 ) -> Vec<Step> {
     let nothing = SeenRouter::default();
@@ -35,10 +36,10 @@ pub fn plan<'a>(
     steps
 }
 
-fn translations(space: &str, wanted: &Wanted, seen: &SeenNat, steps: &mut Vec<Step>) {
+fn translations(space: &SmolStr, wanted: &Wanted, seen: &SeenNat, steps: &mut Vec<Step>) {
     let SeenNat::Built(has) = seen else {
         let change = Change::Build {
-            space: space.to_owned(),
+            space: space.clone(),
             replace: *seen == SeenNat::Changed,
             entries: wanted.nat.clone(),
         };
@@ -70,7 +71,7 @@ fn translations(space: &str, wanted: &Wanted, seen: &SeenNat, steps: &mut Vec<St
         transactions.entry(owner(cut)).or_default().cuts.insert(cut.clone());
     }
     for (object, Transaction { remove, mut add, cuts }) in transactions {
-        let space = space.to_owned();
+        let space = space.clone();
         if !remove.is_empty() || !add.is_empty() {
             add.extend(cuts.difference(has).cloned());
             let change = Change::Translate { space: space.clone(), remove, add };
@@ -97,12 +98,12 @@ impl Transaction {
     }
 }
 
-fn routes(space: &str, wanted: &Wanted, has: &SeenRouter, steps: &mut Vec<Step>) {
+fn routes(space: &SmolStr, wanted: &Wanted, has: &SeenRouter, steps: &mut Vec<Step>) {
     for (destination, hops) in &wanted.routes {
         let seen = has.routes.get(destination);
         if seen.is_none_or(|seen| seen.hops != *hops || !seen.ours) {
             let change = Change::SetRoute {
-                space: space.to_owned(),
+                space: space.clone(),
                 destination: *destination,
                 hops: hops.clone(),
             };
@@ -111,7 +112,7 @@ fn routes(space: &str, wanted: &Wanted, has: &SeenRouter, steps: &mut Vec<Step>)
     }
     let ours = has.routes.iter().filter(|(_, route)| route.ours);
     for (destination, _) in ours.filter(|(to, _)| !wanted.routes.contains_key(to)) {
-        let change = Change::RemoveRoute { space: space.to_owned(), destination: *destination };
+        let change = Change::RemoveRoute { space: space.clone(), destination: *destination };
         steps.push(Step { object: wanted.object, change });
     }
 }

@@ -65,11 +65,11 @@ fn wish(
     }
     for &route in routes {
         let via = Some(inner(route).into());
-        let hops = BTreeSet::from([Hop { via, link: "qr-1".to_owned() }]);
+        let hops = BTreeSet::from([Hop { via, link: "qr-1".into() }]);
         let destination = format!("10.{route}.0.0/16").parse().unwrap();
         wanted.routes.insert(destination, hops);
     }
-    BTreeMap::from([(SPACE.to_owned(), wanted)])
+    BTreeMap::from([(SPACE.into(), wanted)])
 }
 
 fn any_wish() -> impl Strategy<Value = Wish> {
@@ -95,7 +95,7 @@ fn any_seen() -> impl Strategy<Value = Seen> {
         let routes = wish[SPACE].routes.clone();
         let route = |(to, hops)| (to, SeenRoute { hops, ours });
         let routes = routes.into_iter().map(route).collect();
-        BTreeMap::from([(SPACE.to_owned(), Arc::new(SeenRouter { routes, nat }))])
+        BTreeMap::from([(SPACE.into(), Arc::new(SeenRouter { routes, nat }))])
     })
 }
 
@@ -220,13 +220,13 @@ fn a_broken_floating_ip_does_not_hold_up_another() {
 #[test]
 fn routes_of_others_to_other_places_stay() {
     let mut seen = Seen::new();
-    let hops = BTreeSet::from([Hop { via: None, link: "qr-1".to_owned() }]);
+    let hops = BTreeSet::from([Hop { via: None, link: "qr-1".into() }]);
     let foreign = SeenRoute { hops, ours: false };
     let router = SeenRouter {
         routes: BTreeMap::from([("10.99.0.0/16".parse().unwrap(), foreign)]),
         nat: SeenNat::Absent,
     };
-    seen.insert(SPACE.to_owned(), Arc::new(router));
+    seen.insert(SPACE.into(), Arc::new(router));
     let none = BTreeSet::new();
     let steps = plan(&wish(&BTreeMap::new(), &none, false, &none_of()), &seen);
     assert!(matches!(steps.as_slice(), [step] if matches!(step.change, Change::Build { .. })));

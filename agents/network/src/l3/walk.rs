@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use serde::Serialize;
+use smol_str::SmolStr;
 
 use super::{Entry, Hop, SeenNat, SeenRouter};
 use crate::firewall::{Packet, Transport};
@@ -37,7 +38,7 @@ pub struct Walk {
     /// The packet as it leaves.
     pub packet: Packet,
     /// The link it leaves by, and the neighbour it goes to.
-    pub out: Option<(String, IpAddr)>,
+    pub out: Option<(SmolStr, IpAddr)>,
 }
 
 /// Follows `packet`, which came by the link `entered` of namespace `space`.

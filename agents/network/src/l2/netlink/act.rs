@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
+use smol_str::SmolStr;
 use stackhand_kernel::netlink::{
     Address, BridgePort, EntryChange, FdbEntry, FdbTable, LinkChange, Links, Neighbour, NewKind,
     NewLink, Peer, Routing,
@@ -71,7 +72,7 @@ impl NetlinkHost {
     /// A change of an entry as the kernel is told.
     async fn entry(&self, change: &Change) -> Result<EntryChange, KernelError> {
         let links = self.host_links()?;
-        let index = async |link: &String| self.index(&links, &At::host(link.clone())).await;
+        let index = async |link: &SmolStr| self.index(&links, &At::host(link.clone())).await;
         let behind = |link, mac: &Option<MacAddr>, via: &IpAddr| FdbEntry {
             link,
             mac: mac.unwrap_or(FLOOD),
@@ -133,7 +134,7 @@ impl NetlinkHost {
                     peer_space = Some(Netns::named(space)?.open()?);
                 }
                 NewKind::Veth(Peer {
-                    name: peer.link.clone(),
+                    name: peer.link.to_string(),
                     mac: Some(*peer_mac),
                     mtu: set.mtu,
                     group: UNFINISHED_GROUP,
@@ -144,7 +145,7 @@ impl NetlinkHost {
             }
         };
         lock(&self.indices).remove(at);
-        let new = NewLink { name: at.link.clone(), kind, group: UNFINISHED_GROUP, change };
+        let new = NewLink { name: at.link.to_string(), kind, group: UNFINISHED_GROUP, change };
         links.create(&new, peer_space.as_ref()).await?;
         let rest = Set {
             mark: None,
@@ -252,7 +253,7 @@ impl NetlinkHost {
         for at in doomed {
             match self.index(&links, at).await {
                 Err(error) if error.is_absent() => {}
-                index => numbered.push((index?, at.link.clone())),
+                index => numbered.push((index?, at.link.to_string())),
             }
         }
         let group = loop {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use smol_str::SmolStr;
 use stackhand_kernel::KernelError;
 use stackhand_kernel::netlink::{
     Address, Changed, FdbEntry, FdbTable, Link, LinkKind, Links, Neighbour, Queue,
@@ -92,10 +93,10 @@ impl Here {
                 let Some(link) = ours.get(&entry.link).filter(|link| is_overlay(link)) else {
                     continue;
                 };
-                if !seen.forwarding.contains_key(&link.name) {
-                    seen.forwarding.insert(link.name.clone(), Forwarding::default());
+                if !seen.forwarding.contains_key(link.name.as_str()) {
+                    seen.forwarding.insert(link.name.as_str().into(), Forwarding::default());
                 }
-                let Some(table) = seen.forwarding.get_mut(&link.name) else { continue };
+                let Some(table) = seen.forwarding.get_mut(link.name.as_str()) else { continue };
                 match entry.table {
                     FdbTable::Bridge => drop(table.in_bridge.insert(entry.mac)),
                     FdbTable::Link { via } if entry.mac == FLOOD => drop(table.flood.insert(via)),
@@ -114,10 +115,10 @@ impl Here {
             for entry in &entries {
                 let Some(link) = ours.get(&entry.link) else { continue };
                 if matches!(link.kind, LinkKind::Bridge(_)) {
-                    if !seen.neighbours.contains_key(&link.name) {
-                        seen.neighbours.insert(link.name.clone(), BTreeMap::new());
+                    if !seen.neighbours.contains_key(link.name.as_str()) {
+                        seen.neighbours.insert(link.name.as_str().into(), BTreeMap::new());
                     }
-                    let known = seen.neighbours.get_mut(&link.name);
+                    let known = seen.neighbours.get_mut(link.name.as_str());
                     known.map(|known| known.insert(entry.address, entry.mac));
                 }
             }
@@ -164,7 +165,7 @@ impl Here {
             };
             self.redirects.insert(index, to);
             if let Some(seen) = seen.links.get_mut(&tap) {
-                let name = |to| self.links.get(&to).map(|link| link.name.clone());
+                let name = |to| self.links.get(&to).map(|link| SmolStr::from(&link.name));
                 seen.redirect = to.map(|to| name(to).unwrap_or_default());
             }
         }
@@ -181,7 +182,7 @@ fn is_default(kind: &str) -> bool {
 pub(super) fn take<'a>(
     seen: &mut Seen,
     indices: &mut BTreeMap<At, u32>,
-    space: Option<&str>,
+    space: Option<&SmolStr>,
     links: impl Iterator<Item = &'a Link> + Clone,
     addresses: &[Address],
 ) {
@@ -192,7 +193,7 @@ pub(super) fn take<'a>(
         by_link.entry(address.link).or_default().insert(address.net);
     }
     for link in links {
-        let at = At { space: space.map(str::to_owned), link: link.name.clone() };
+        let at = At { space: space.cloned(), link: link.name.as_str().into() };
         indices.insert(at.clone(), link.index);
         let kind = match &link.kind {
             LinkKind::Bridge(bridge) => SeenKind::Bridge(*bridge),
@@ -211,7 +212,7 @@ pub(super) fn take<'a>(
             LinkKind::Ifb => SeenKind::Ifb,
             LinkKind::Other(kind) => SeenKind::Other(kind.clone()),
         };
-        let bridge = link.master.and_then(|index| names.get(&index)).map(|name| (*name).to_owned());
+        let bridge = link.master.and_then(|index| names.get(&index)).map(SmolStr::new);
         let link = SeenLink {
             kind,
             owner: owner(link),
