@@ -149,6 +149,8 @@ struct Documents<'a> {
 impl<'a> Documents<'a> {
     fn sort(desired: &'a Desired, host: &str) -> Self {
         let mut documents = Self::default();
+        // They come in order, and maps are made of all at once.
+        let (mut networks, mut by_id) = (Vec::new(), Vec::new());
         for (object, held) in &desired.objects {
             let document = held.document.as_ref();
             match &document.spec {
@@ -160,10 +162,10 @@ impl<'a> Documents<'a> {
                 }
                 _ if held.deleting => {}
                 Spec::Network(network) => {
-                    documents.networks.insert(NetworkId(object.id), network);
+                    networks.push((NetworkId(object.id), network));
                 }
                 Spec::Port(port) => {
-                    documents.by_id.insert(PortId(object.id), port);
+                    by_id.push((PortId(object.id), port));
                     if let Some(device) = port.device {
                         let ports = documents.by_device.entry(device).or_default();
                         ports.push((PortId(object.id), port));
@@ -188,6 +190,8 @@ impl<'a> Documents<'a> {
                 _ => documents.others.push(document),
             }
         }
+        documents.networks = networks.into_iter().collect();
+        documents.by_id = by_id.into_iter().collect();
         documents
     }
 

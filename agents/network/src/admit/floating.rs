@@ -1,6 +1,6 @@
 //! Floating IPs against all that has an address on the network that they are from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use stackhand_model::{ErrorCode, Kind, NetworkId, RouterId};
@@ -30,7 +30,9 @@ impl Judge<'_> {
         let claimed = ports.chain(floating);
         let mut holders: BTreeMap<(NetworkId, IpAddr), _> =
             claimed.map(|address| (address, None)).collect();
-        for (id, (name, port)) in &self.ports {
+        let networks: BTreeSet<NetworkId> = holders.keys().map(|(network, _)| *network).collect();
+        let ports = self.ports.iter().filter(|(_, (_, port))| networks.contains(&port.network));
+        for (id, (name, port)) in ports {
             for fixed in &port.fixed_ips {
                 claim(&mut holders, &(port.network, fixed.address), (id.object(), *name));
             }
