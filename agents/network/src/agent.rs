@@ -15,7 +15,7 @@ mod tasks;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -524,6 +524,7 @@ impl Agent for NetworkAgent {
             passwords: self.passwords_of(&work.desired).await,
             desired: Arc::clone(&work.desired),
             unfiltered: unfiltered.is_some(),
+            strangers: OnceLock::new(),
             wish,
             seen,
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use stackhand_network::NetworkAgent;
-use stackhand_runtime::agent::{Agent, Outcome};
+use stackhand_runtime::agent::{Agent, Outcome, PassReport};
 use stackhand_runtime::events::EventLog;
 use stackhand_testkit::wait_for;
 use tokio::sync::Notify;
@@ -90,6 +90,28 @@ fn a_restarted_agent_adopts_everything_without_a_write() {
         drop(first);
         let (second, _) = agent("one");
         documents.rest(&second).await;
+    });
+}
+
+#[test]
+fn a_link_that_somebody_puts_into_our_bridge_is_told_and_left_there() {
+    on_a_host(|| async {
+        let (agent, _) = agent("one");
+        let net = Uuid::new_v4();
+        let mut documents = Documents::default();
+        let object = documents.put("Network", "net", net, network("local", &json!({})));
+        documents.put("Port", "a", Uuid::new_v4(), port(net, "one", 10, &json!({})));
+        let facts = |report: &PassReport| match &report.outcomes[&object] {
+            Outcome::Active { observed } => observed.facts(&object),
+            other => panic!("{other:?}"),
+        };
+        let report = documents.settle(&agent).await;
+        assert_eq!(facts(&report)["foreign_ports"], json!(null));
+        let bridge = format!("brq{}", short(net));
+        run(&format!("ip link add theirs master {bridge} type veth peer name other")).await;
+        let report = documents.settle(&agent).await;
+        assert_eq!((report.writes, &facts(&report)["foreign_ports"]), (0, &json!(["theirs"])));
+        assert_eq!(link("theirs").await.unwrap()["master"], json!(bridge));
     });
 }
 

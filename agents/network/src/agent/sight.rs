@@ -1,9 +1,11 @@
 //! What the last pass saw, as facts about objects for whoever asks how they are.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use serde_json::{Map, Value, json};
+use smol_str::SmolStr;
 use stackhand_model::{
     Document, FloatingIpSpec, NetworkId, ObjectRef, PortId, PortSpec, RouterId, RouterSpec,
     SecurityGroupId, Spec,
@@ -12,7 +14,7 @@ use stackhand_runtime::agent::{Desired, Sight};
 
 use crate::desired::HostWish;
 use crate::firewall::model::is_guarded;
-use crate::l2::{At, Seen, SeenLink};
+use crate::l2::{At, Seen};
 use crate::names;
 use crate::services::metadata::Passwords;
 
@@ -31,6 +33,8 @@ pub(super) struct Saw {
     pub(super) unfiltered: bool,
     /// Where guests' passwords are, if any left one.
     pub(super) passwords: Option<Arc<Passwords>>,
+    /// Links that somebody put into bridges of ours, by the bridge's name: found when first asked for.
+    pub(super) strangers: OnceLock<BTreeMap<SmolStr, Vec<SmolStr>>>,
 }
 
 impl LastSeen {
@@ -139,14 +143,9 @@ impl Saw {
             "uplinks": wired.uplinks,
             "mtu": wired.mtu,
         });
-        let in_it = |link: &SeenLink| link.bridge.as_ref() == Some(&wired.bridge);
-        let strangers = self
-            .seen
-            .host()
-            .filter(|(at, link)| in_it(link) && !self.wish.l2.links.contains_key(at));
-        let strangers: Vec<&str> = strangers.map(|(at, _)| at.link.as_str()).collect();
         // Told, not touched.
-        if !strangers.is_empty() {
+        if let Some(strangers) = self.strangers.get_or_init(|| self.strangers()).get(&wired.bridge)
+        {
             facts["foreign_ports"] = json!(strangers);
         }
         let space = names::dhcp_space(id);
@@ -157,5 +156,17 @@ impl Saw {
             facts["dhcp"] = site.facts(&space);
         }
         facts
+    }
+
+    fn strangers(&self) -> BTreeMap<SmolStr, Vec<SmolStr>> {
+        let mut strangers: BTreeMap<SmolStr, Vec<SmolStr>> = BTreeMap::new();
+        for (at, link) in self.seen.host() {
+            if let Some(bridge) = &link.bridge
+                && !self.wish.l2.links.contains_key(at)
+            {
+                strangers.entry(bridge.clone()).or_default().push(at.link.clone());
+            }
+        }
+        strangers
     }
 }
