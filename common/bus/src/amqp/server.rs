@@ -5,6 +5,7 @@
 //! handler is free for it: what we cannot work on stays in the broker, so memory stays flat
 //! under any load and another server can have it.
 
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -271,8 +272,11 @@ impl Server {
                 shared.counts.served.add();
                 let (server, shared) = (Arc::clone(self), Arc::clone(shared));
                 self.working.spawn(async move {
-                    let kill = server.kill.clone();
-                    kill.run_until_cancelled(server.work(&shared, frame, permit)).await;
+                    tokio::select! {
+                        biased;
+                        () = server.kill.cancelled() => {}
+                        () = server.work(&shared, frame, permit) => {}
+                    }
                 });
             }
             Admission::Running => shared.counts.duplicates.add(),
@@ -305,7 +309,8 @@ impl Server {
                 origin: Origin::Broker,
             };
             let panicked = || shared.counts.panics.add();
-            let handling = dispatch::run(self.handler.as_ref(), delivered, panicked);
+            // Kept in one place: each call by value would make room for it once more.
+            let handling = pin!(dispatch::run(self.handler.as_ref(), delivered, panicked));
             match &reply_to {
                 Some(reply_to) => keep_alive(shared, reply_to, handling).await,
                 None => handling.await,
@@ -364,7 +369,7 @@ impl Server {
 async fn keep_alive<T>(
     shared: &Shared,
     reply_to: &ReplyTo,
-    handling: impl Future<Output = T>,
+    mut handling: Pin<&mut impl Future<Output = T>>,
 ) -> T {
     // Below two seconds the reference server sends none either.
     let Some(monitor) = reply_to.monitor.filter(|monitor| *monitor >= Duration::from_secs(2))
@@ -373,16 +378,15 @@ async fn keep_alive<T>(
     };
     let alive =
         ReplyFrame { msg_id: reply_to.msg_id.clone(), outcome: Ok(Value::Null), ending: false };
-    let mut handling = std::pin::pin!(handling);
     loop {
-        if let Ok(handled) = tokio::time::timeout(monitor / 2, &mut handling).await {
+        if let Ok(handled) = tokio::time::timeout(monitor / 2, handling.as_mut()).await {
             return handled;
         }
         let Some(session) = shared.current() else { continue };
         let body = wire::encode_reply(&alive, &new_id());
         tokio::select! {
             biased;
-            handled = &mut handling => return handled,
+            handled = handling.as_mut() => return handled,
             // Best effort: the next one or the answer itself will show.
             sent = reply::send_once(&session, &reply_to.queue, &body) => {
                 if let Err(error) = sent {

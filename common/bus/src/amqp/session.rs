@@ -5,6 +5,7 @@
 //! outside.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -425,14 +426,18 @@ impl Session {
             };
             let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
             let properties = properties(message.expiration);
-            let confirm = async {
-                channel.basic_publish(exchange, key, options, message.body, properties).await?.await
-            };
-            // While lanes are many, nobody waits for this one.
-            let outcome = if message.unhurried && self.free_lanes.available_permits() >= LANES / 2 {
-                unhurried(confirm).await
-            } else {
-                confirm.await
+            let outcome = {
+                let mut confirm = pin!(async {
+                    let publish =
+                        channel.basic_publish(exchange, key, options, message.body, properties);
+                    publish.await?.await
+                });
+                // While lanes are many, nobody waits for this one.
+                if message.unhurried && self.free_lanes.available_permits() >= LANES / 2 {
+                    unhurried(confirm.as_mut()).await
+                } else {
+                    confirm.as_mut().await
+                }
             };
             if outcome.is_ok() {
                 locked(&self.lanes).push(channel);
