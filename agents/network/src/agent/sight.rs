@@ -40,7 +40,7 @@ pub(super) struct Saw {
 impl LastSeen {
     pub(super) fn set(&self, saw: Saw) {
         let before = super::lock(&self.0).replace(Arc::new(saw));
-        // Thousands of objects, and nobody is kept waiting for them.
+        // Thousands of objects: freed when nobody who asks waits for the lock any more.
         drop(before);
     }
 }
