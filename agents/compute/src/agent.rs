@@ -29,6 +29,7 @@ use crate::desired::{Wanted, admit};
 use crate::domain::{Engine, tap_name};
 use crate::hypervisor::{DomainChange, HostFacts, Hypervisor, Power};
 use crate::initiator::{HELPER, HostInitiator, Initiator, Question, by_host};
+use crate::meter::Meter;
 use crate::plan::{Fashion, Plan, Situation, Step, local_path, orphans};
 use crate::store::Store;
 use console::Consoles;
@@ -51,6 +52,7 @@ pub struct ComputeAgent<H> {
     host: String,
     section: ComputeSection,
     hypervisor: Arc<H>,
+    meter: Arc<Meter<H>>,
     initiator: Arc<dyn Initiator>,
     cache: ImageCache,
     images: PathBuf,
@@ -100,10 +102,12 @@ impl<H: Hypervisor> ComputeAgent<H> {
         let tool =
             ImageTool::new(&section.qemu_img, u64::from(section.convert_timeout_minutes) * 60);
         let cache = ImageCache::new(&images, section.max_image_gib << 30, tool.clone());
+        let hypervisor = Arc::new(hypervisor);
         Self {
             host: host.to_owned(),
             section: section.clone(),
-            hypervisor: Arc::new(hypervisor),
+            meter: Arc::new(Meter::new(Arc::clone(&hypervisor))),
+            hypervisor,
             initiator: Arc::new(HostInitiator::new(HELPER)),
             fetches: Fetches::new(cache.clone(), section.concurrent_fetches, wake.clone()),
             cache,
@@ -131,6 +135,12 @@ impl<H: Hypervisor> ComputeAgent<H> {
     #[must_use]
     pub fn hypervisor(&self) -> &H {
         &self.hypervisor
+    }
+
+    /// What counts what its instances use.
+    #[must_use]
+    pub fn meter(&self) -> &Arc<Meter<H>> {
+        &self.meter
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -568,16 +578,14 @@ impl<H: Hypervisor> Agent for ComputeAgent<H> {
                 Err(reason) => json!({"client": "host", "reason": reason}),
             },
         };
-        facts["usage"] = match self.hypervisor.usage().await {
-            Ok(usage) => json!(usage),
-            Err(_) => json!({}),
-        };
+        facts["usage"] = self.meter.all().await.unwrap_or_else(|_away| json!({}));
         facts
     }
 
     fn troubles(&self) -> Vec<String> {
         let mut troubles = self.memory().troubles.clone();
         troubles.extend(self.hypervisor.trouble());
+        troubles.extend(self.meter.troubles());
         troubles
     }
 }

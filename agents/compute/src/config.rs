@@ -48,7 +48,8 @@ pub struct ComputeSection {
     pub reserved_memory_mib: u64,
     /// Disk in GiB that is kept for the host. Default: 0.
     pub reserved_disk_gib: u64,
-    /// Seconds between two counts of what instances use, 5 to 3600. Default: 30.
+    /// Seconds within which every QEMU is asked once what its instance used, 5 to 3600. What needs
+    /// no QEMU is counted as often or more. Default: 30.
     pub usage_interval_seconds: u32,
     /// Minutes between two events that tell what instances use, for those who bill, 0 to 1440;
     /// 0: none. Default: 60.

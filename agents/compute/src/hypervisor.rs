@@ -205,15 +205,26 @@ pub struct NumaCell {
     pub cpus: Vec<u32>,
 }
 
-/// What an instance has used since it was started.
+/// What an instance has used since it was started, as far as that is known without its QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Usage {
-    /// Processor time, in nanoseconds.
+pub struct KernelUsage {
+    /// Processor time of its QEMU, in nanoseconds.
     pub cpu_nanoseconds: u64,
-    /// Memory that the host spends on it, in KiB.
-    pub memory_resident_kib: u64,
     /// Memory that the guest has, in KiB.
     pub memory_kib: u64,
+    /// Bytes received.
+    pub network_receive_bytes: u64,
+    /// Bytes sent.
+    pub network_transmit_bytes: u64,
+    /// Packets dropped on the way in or out.
+    pub network_drops: u64,
+}
+
+/// What an instance has used since it was started, as far as only its QEMU knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct QemuUsage {
+    /// Memory that the host spends on it, in KiB.
+    pub memory_resident_kib: u64,
     /// Memory that the guest does not use, in KiB, if its balloon tells.
     pub memory_unused_kib: Option<u64>,
     /// Bytes read from disks.
@@ -222,12 +233,17 @@ pub struct Usage {
     pub disk_write_bytes: u64,
     /// Requests to disks.
     pub disk_requests: u64,
-    /// Bytes received.
-    pub network_receive_bytes: u64,
-    /// Bytes sent.
-    pub network_transmit_bytes: u64,
-    /// Packets dropped on the way in or out.
-    pub network_drops: u64,
+}
+
+/// What came of asking a QEMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QemuAnswer {
+    /// It told.
+    Told(QemuUsage),
+    /// Something else is being done with it, or it is off: another time.
+    Busy,
+    /// It did not answer in time. A storage that is away can stop a QEMU like that.
+    Silent,
 }
 
 /// A picture of an instance's screen.
@@ -295,12 +311,25 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Tells why KVM is of no use; [`HypervisorError::Away`] if that cannot be known now.
     fn probe_kvm(&self, folder: &Path) -> impl Future<Output = Result<(), HypervisorError>> + Send;
 
-    /// What domains of ours that are on have used, all in one question.
+    /// What domains of ours that are on have used, all in one question. No QEMU is asked, so that
+    /// none can hold this up.
     ///
     /// # Errors
     ///
     /// Fails if the hypervisor is away.
-    fn usage(&self) -> impl Future<Output = Result<BTreeMap<Uuid, Usage>, HypervisorError>> + Send;
+    fn kernel_usage(
+        &self,
+    ) -> impl Future<Output = Result<BTreeMap<Uuid, KernelUsage>, HypervisorError>> + Send;
+
+    /// What a domain's QEMU says that it has used. Never waits for longer than a few seconds.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the hypervisor is away, has no such domain, or too many QEMUs owe an answer.
+    fn qemu_usage(
+        &self,
+        id: InstanceId,
+    ) -> impl Future<Output = Result<QemuAnswer, HypervisorError>> + Send;
 
     /// The XML of a domain as it runs, or as it will.
     ///

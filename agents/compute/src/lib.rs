@@ -15,6 +15,7 @@ pub mod domain;
 pub mod hypervisor;
 pub mod initiator;
 pub mod libvirt;
+pub mod meter;
 pub mod plan;
 pub mod store;
 pub mod usage;

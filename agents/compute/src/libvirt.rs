@@ -2,20 +2,22 @@
 //!
 //! Every call blocks, so calls run on threads for that, a bounded number at a time. One thread
 //! runs libvirt's event loop for the whole process; without it there are neither events nor
-//! keepalives. A connection that is lost (libvirtd restarts) is opened again; guests run on
+//! keepalives. Connections that are lost (libvirtd restarts) are opened again; guests run on
 //! meanwhile.
 
 mod calls;
 mod console;
 mod events;
 mod host;
+mod links;
 mod logs;
 mod perform;
 mod probe;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use stackhand_model::InstanceId;
@@ -29,13 +31,19 @@ use virt::sys;
 
 use crate::domain::{Engine, read};
 use crate::hypervisor::{
-    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power, Screenshot,
-    Stall, Usage,
+    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, KernelUsage, OffReason,
+    Power, QemuAnswer, Screenshot, Stall,
 };
-use events::Listener;
+use links::Links;
 
-/// Most calls at once. libvirt itself serves an unprivileged number of clients' calls.
+/// Most calls at once. A libvirtd has twenty threads for those of all its clients.
 const CALLS_AT_ONCE: usize = 6;
+
+/// How long a QEMU is waited for that is asked what it used.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most QEMUs that may owe an answer to that. Each holds a thread, here and one of libvirtd's twenty.
+const WAITING: usize = 2;
 
 /// How often a lost connection is tried again, and a silent one is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -46,54 +54,20 @@ const COPY_EVERY: Duration = Duration::from_millis(100);
 /// Most bytes of a picture: four bytes for each point of a large screen.
 const MOST_SCREENSHOT: usize = 64 << 20;
 
-/// Seconds between keepalives, and how many may go unanswered.
-const KEEPALIVE: (i32, u32) = (5, 3);
-
 /// Told about a domain whose state changed; about no domain in particular if `None`.
 pub type Notice = Arc<dyn Fn(Option<Uuid>) + Send + Sync>;
 
-/// libvirt at one URI. Clones share the connection.
+/// libvirt at one URI. Clones share the connections.
 #[derive(Clone, Debug)]
 pub struct Libvirt {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug)]
 struct Shared {
-    uri: String,
-    notice: Notice,
-    link: Mutex<Link>,
+    links: Links,
     turns: Semaphore,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Libvirt").field("uri", &self.uri).finish_non_exhaustive()
-    }
-}
-
-#[derive(Default)]
-struct Link {
-    open: Option<Arc<Open>>,
-    /// Why it is not open, since it was last tried.
-    problem: Option<String>,
-}
-
-/// A connection and what listens to it; closed when the last user is done.
-struct Open {
-    connect: Connect,
-    listener: Option<Listener>,
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        if let Some(listener) = self.listener.take() {
-            listener.end(&self.connect);
-        }
-        // `Connect` does not close itself. On a dead connection this only frees memory.
-        if let Err(error) = self.connect.close() {
-            tracing::debug!(%error, "closing the connection to libvirt");
-        }
-    }
+    waiting: Arc<Semaphore>,
 }
 
 impl Libvirt {
@@ -104,13 +78,12 @@ impl Libvirt {
     ///
     /// Fails if libvirt's event loop cannot be started.
     pub fn new(uri: &str, notice: Notice) -> Result<Self, HypervisorError> {
-        let away = |reason: String| HypervisorError::Away { uri: uri.to_owned(), reason };
-        events::start_loop().map_err(away)?;
+        let links = Links::new(uri, notice);
+        events::start_loop().map_err(|reason| links.away(&reason))?;
         let shared = Arc::new(Shared {
-            uri: uri.to_owned(),
-            notice,
-            link: Mutex::default(),
+            links,
             turns: Semaphore::new(CALLS_AT_ONCE),
+            waiting: Arc::new(Semaphore::new(WAITING)),
         });
         tokio::spawn(watch(Arc::downgrade(&shared)));
         Ok(Self { shared })
@@ -137,90 +110,20 @@ impl Libvirt {
         let Ok(_turn) = self.shared.turns.acquire().await else {
             return Err(broke_off("the agent is ending".into()));
         };
-        let told = action.clone();
         // A panic of the bindings ends up in the handle instead of ending the agent.
-        let handle = tokio::task::spawn_blocking(move || {
-            let open = shared.open()?;
-            call(&open.connect).map_err(|error| {
-                if shared.lost(&open) {
-                    shared.away(error.message())
-                } else {
-                    HypervisorError::Refused { action: told, reason: error.message().to_owned() }
-                }
-            })
-        });
+        let told = action.clone();
+        let handle = tokio::task::spawn_blocking(move || shared.links.call(told, call));
         handle.await.unwrap_or_else(|error| Err(broke_off(format!("the call broke off: {error}"))))
     }
 }
 
-impl Shared {
-    fn link(&self) -> MutexGuard<'_, Link> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn away(&self, reason: &str) -> HypervisorError {
-        HypervisorError::Away { uri: self.uri.clone(), reason: reason.to_owned() }
-    }
-
-    /// The open connection; opens one if there is none.
-    fn open(&self) -> Result<Arc<Open>, HypervisorError> {
-        let mut link = self.link();
-        if let Some(open) = &link.open {
-            return Ok(Arc::clone(open));
-        }
-        let connect = Connect::open(Some(&self.uri)).map_err(|error| {
-            link.problem = Some(error.message().to_owned());
-            self.away(error.message())
-        })?;
-        // A driver inside our own process has no keepalive.
-        let _unsupported = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1);
-        let notice = Arc::clone(&self.notice);
-        let listener = Listener::begin(&connect, move |uuid| notice(Some(uuid)));
-        if listener.is_none() {
-            tracing::warn!(uri = self.uri, "libvirt gives no events; changes are seen late");
-        }
-        let open = Arc::new(Open { connect, listener });
-        *link = Link { open: Some(Arc::clone(&open)), problem: None };
-        tracing::info!(uri = self.uri, "connected to libvirt");
-        Ok(open)
-    }
-
-    /// Whether the connection is dead. If it is, it is given up.
-    fn lost(&self, open: &Arc<Open>) -> bool {
-        if open.connect.is_alive().unwrap_or(false) {
-            return false;
-        }
-        let mut link = self.link();
-        if link.open.as_ref().is_some_and(|current| Arc::ptr_eq(current, open)) {
-            let problem = "the connection was lost".to_owned();
-            *link = Link { open: None, problem: Some(problem) };
-            tracing::warn!(uri = self.uri, "the connection to libvirt was lost");
-        }
-        true
-    }
-}
-
-/// Notices a lost connection when nobody calls, and opens it again.
+/// Notices that libvirtd went away, or came back, when nobody calls.
 async fn watch(shared: std::sync::Weak<Shared>) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let Some(shared) = shared.upgrade() else { return };
-        let looked = tokio::task::spawn_blocking(move || {
-            let (current, broken) = {
-                let link = shared.link();
-                (link.open.clone(), link.problem.is_some())
-            };
-            let changed = match current {
-                Some(open) => shared.lost(&open),
-                // Never opened and never asked for: nothing to do yet.
-                None => broken && shared.open().is_ok(),
-            };
-            if changed {
-                (shared.notice)(None);
-            }
-        });
-        if let Err(error) = looked.await {
-            tracing::warn!(%error, "looking after the connection to libvirt");
+        if let Err(error) = tokio::task::spawn_blocking(move || shared.links.look_after()).await {
+            tracing::warn!(%error, "looking after the connections to libvirt");
         }
     }
 }
@@ -268,12 +171,37 @@ impl Hypervisor for Libvirt {
         probe::kvm(self, folder).await
     }
 
-    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+    async fn kernel_usage(&self) -> Result<BTreeMap<Uuid, KernelUsage>, HypervisorError> {
         self.call("count what domains use".into(), |connect| {
-            let all = calls::stats(connect)?;
-            Ok(all.into_iter().map(|(uuid, numbers)| (uuid, host::usage(&numbers))).collect())
+            let all = calls::kernel_stats(connect)?.into_iter();
+            Ok(all.map(|(id, (info, rest))| (id, host::kernel_usage(info, &rest))).collect())
         })
         .await
+    }
+
+    async fn qemu_usage(&self, id: InstanceId) -> Result<QemuAnswer, HypervisorError> {
+        let action = format!("ask the QEMU of domain {id} what it used");
+        let Ok(waiting) = Arc::clone(&self.shared.waiting).try_acquire_owned() else {
+            let reason = format!("{WAITING} others owe an answer");
+            return Err(HypervisorError::Refused { action, reason });
+        };
+        let asked = Arc::new(AtomicBool::new(false));
+        let asking = Arc::clone(&asked);
+        let answer = self.call(action, move |connect| {
+            // Until there is an answer, however long nobody waits for it any more.
+            let _waiting = waiting;
+            let domain = Domain::lookup_by_uuid(connect, id.0)?;
+            asking.store(true, Ordering::Relaxed);
+            calls::qemu_stats(&domain)
+        });
+        match tokio::time::timeout(PATIENCE, answer).await {
+            Ok(numbers) => {
+                Ok(host::qemu_usage(&numbers?).map_or(QemuAnswer::Busy, QemuAnswer::Told))
+            }
+            Err(_elapsed) if asked.load(Ordering::Relaxed) => Ok(QemuAnswer::Silent),
+            // It is the agent or libvirtd that has its hands full.
+            Err(_elapsed) => Ok(QemuAnswer::Busy),
+        }
     }
 
     async fn xml(&self, id: InstanceId) -> Result<String, HypervisorError> {
@@ -320,7 +248,7 @@ impl Hypervisor for Libvirt {
         id: InstanceId,
         output: mpsc::Sender<Vec<u8>>,
     ) -> Result<mpsc::Sender<Vec<u8>>, HypervisorError> {
-        let uri = self.shared.uri.clone();
+        let uri = self.shared.links.uri().to_owned();
         let action = format!("open the console of domain {id}");
         self.call(action, move |_| console::open(&uri, id, output)).await
     }
@@ -376,12 +304,9 @@ impl Hypervisor for Libvirt {
     }
 
     fn trouble(&self) -> Option<String> {
-        let link = self.shared.link();
-        let problem = link.problem.as_ref()?;
-        Some(format!(
-            "libvirt at {} is away: {problem}; guests run on, start libvirtd",
-            self.shared.uri
-        ))
+        let problem = self.shared.links.problem()?;
+        let uri = self.shared.links.uri();
+        Some(format!("libvirt at {uri} is away: {problem}; guests run on, start libvirtd"))
     }
 }
 

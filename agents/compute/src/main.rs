@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use stackhand_compute::agent::ComputeAgent;
 use stackhand_compute::checks::checks;
 use stackhand_compute::config::ComputeSection;
-use stackhand_compute::hypervisor::{Hypervisor, HypervisorError};
+use stackhand_compute::hypervisor::HypervisorError;
 use stackhand_compute::libvirt::Libvirt;
-use stackhand_compute::usage::{UsageBoard, words};
+use stackhand_compute::meter::Meter;
+use stackhand_compute::usage::words;
 use stackhand_model::InstanceId;
 use stackhand_runtime::events::{EventLog, NewEvent};
 use stackhand_runtime::run::{AgentContext, Program};
@@ -35,32 +36,31 @@ async fn start(
         None => wake.host_changed(),
     });
     let libvirt = Libvirt::new(&section.libvirt_uri, notice)?;
-    let watcher = libvirt.clone();
-    let board = UsageBoard::default();
-    context.metrics.register({
-        let board = board.clone();
-        move |registry| registry.register_collector(Box::new(board))
-    });
-    tokio::spawn(count(watcher, board, section.clone(), context.events.clone()));
-    Ok(ComputeAgent::new(&context.host, &context.state_dir, section, libvirt, context.wake))
+    let agent =
+        ComputeAgent::new(&context.host, &context.state_dir, section, libvirt, context.wake);
+    let board = agent.meter().board().clone();
+    context.metrics.register(move |registry| registry.register_collector(Box::new(board)));
+    tokio::spawn(count(Arc::clone(agent.meter()), section.clone(), context.events.clone()));
+    Ok(agent)
 }
 
 /// Counts what instances use, for as long as the agent runs.
-async fn count(libvirt: Libvirt, board: UsageBoard, section: ComputeSection, events: EventLog) {
-    let every = Duration::from_secs(u64::from(section.usage_interval_seconds));
+async fn count(meter: Arc<Meter<Libvirt>>, section: ComputeSection, events: EventLog) {
+    let interval = Duration::from_secs(u64::from(section.usage_interval_seconds));
     let telling = Duration::from_secs(u64::from(section.usage_event_minutes) * 60);
     let mut told = Instant::now();
+    let mut pause = interval;
     loop {
-        tokio::time::sleep(every).await;
+        tokio::time::sleep(pause).await;
         // While libvirt is away, the last count stands; that it is away is told elsewhere.
-        let Ok(usage) = libvirt.usage().await else { continue };
+        let Ok(asked) = meter.pass().await else { continue };
+        pause = asked.pause(interval);
         if !telling.is_zero() && told.elapsed() >= telling {
             told = Instant::now();
-            for (&id, usage) in &usage {
-                let event = NewEvent::new("instance.usage", words(usage));
+            for (id, counted) in meter.board().read() {
+                let event = NewEvent::new("instance.usage", words(&counted));
                 events.add(event.about(InstanceId(id).object().to_string()));
             }
         }
-        board.post(usage);
     }
 }

@@ -2,67 +2,149 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use serde::Serialize;
 use uuid::Uuid;
 
-use crate::hypervisor::Usage;
+use crate::hypervisor::{KernelUsage, QemuUsage};
 
 /// The last count of what instances use. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct UsageBoard {
-    counts: Arc<Mutex<BTreeMap<Uuid, Usage>>>,
+    counts: Arc<Mutex<BTreeMap<Uuid, Counted>>>,
+}
+
+/// What was counted of an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// What the kernel counts.
+    pub kernel: KernelUsage,
+    /// What its QEMU said, and when; none if it was not asked yet.
+    pub qemu: Option<(QemuUsage, Instant)>,
+}
+
+/// The same as people are told.
+#[derive(Clone, Debug, Serialize)]
+pub struct Told<'a> {
+    #[serde(flatten)]
+    kernel: &'a KernelUsage,
+    #[serde(flatten)]
+    qemu: Option<&'a QemuUsage>,
+    /// Milliseconds since its QEMU told the numbers of disks, and of memory that is resident or
+    /// not used.
+    qemu_age_ms: Option<u64>,
+}
+
+impl Counted {
+    /// As people are told.
+    #[must_use]
+    pub fn told(&self) -> Told<'_> {
+        let qemu = self.qemu.as_ref();
+        let age = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Told {
+            kernel: &self.kernel,
+            qemu: qemu.map(|(usage, _)| usage),
+            qemu_age_ms: qemu.map(|(_, at)| age(*at)),
+        }
+    }
 }
 
 impl UsageBoard {
-    /// Puts a new count in the place of the last.
-    pub fn post(&self, counts: BTreeMap<Uuid, Usage>) {
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counts;
+    /// Puts the kernel's new counts of all instances in the place of the last, and forgets
+    /// instances that are not among them. What a QEMU said stands, unless the processor time shows
+    /// that another took its place.
+    pub fn post(&self, kernel: BTreeMap<Uuid, KernelUsage>) {
+        let mut counts = self.counts();
+        let mut before = std::mem::take(&mut *counts);
+        let counted = |(id, kernel): (Uuid, KernelUsage)| {
+            let same = |it: &Counted| it.kernel.cpu_nanoseconds <= kernel.cpu_nanoseconds;
+            let qemu = before.remove(&id).filter(same).and_then(|it| it.qemu);
+            (id, Counted { kernel, qemu })
+        };
+        *counts = kernel.into_iter().map(counted).collect();
     }
 
-    fn read(&self) -> BTreeMap<Uuid, Usage> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Puts what a QEMU said in the place of what it said last, if its instance still runs.
+    pub fn post_qemu(&self, id: Uuid, usage: QemuUsage) {
+        if let Some(counted) = self.counts().get_mut(&id) {
+            counted.qemu = Some((usage, Instant::now()));
+        }
+    }
+
+    /// The last counts.
+    #[must_use]
+    pub fn read(&self) -> BTreeMap<Uuid, Counted> {
+        self.counts().clone()
+    }
+
+    fn counts(&self) -> MutexGuard<'_, BTreeMap<Uuid, Counted>> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A number of an instance: its name, what it is, whether it only grows, and how it is read.
-type Number = (&'static str, &'static str, bool, fn(&Usage) -> u64);
+/// A number of an instance: its name, what it is, whether it only grows, and how it is read; none
+/// while its QEMU has not said it.
+type Number = (&'static str, &'static str, bool, fn(&Counted) -> Option<u64>);
 
 const NUMBERS: [Number; 8] = [
-    ("instance_cpu_nanoseconds", "Processor time", true, |it| it.cpu_nanoseconds),
+    ("instance_cpu_nanoseconds", "Processor time", true, |it| Some(it.kernel.cpu_nanoseconds)),
     ("instance_memory_resident_kib", "Memory that the host spends on it", false, |it| {
-        it.memory_resident_kib
+        qemu(it, |it| it.memory_resident_kib)
     }),
-    ("instance_disk_read_bytes", "Bytes read from disks", true, |it| it.disk_read_bytes),
-    ("instance_disk_write_bytes", "Bytes written to disks", true, |it| it.disk_write_bytes),
-    ("instance_disk_requests", "Requests to disks", true, |it| it.disk_requests),
-    ("instance_network_receive_bytes", "Bytes received", true, |it| it.network_receive_bytes),
-    ("instance_network_transmit_bytes", "Bytes sent", true, |it| it.network_transmit_bytes),
-    ("instance_network_drops", "Packets dropped on the way in or out", true, |it| it.network_drops),
+    ("instance_disk_read_bytes", "Bytes read from disks", true, |it| {
+        qemu(it, |it| it.disk_read_bytes)
+    }),
+    ("instance_disk_write_bytes", "Bytes written to disks", true, |it| {
+        qemu(it, |it| it.disk_write_bytes)
+    }),
+    ("instance_disk_requests", "Requests to disks", true, |it| qemu(it, |it| it.disk_requests)),
+    ("instance_network_receive_bytes", "Bytes received", true, |it| {
+        Some(it.kernel.network_receive_bytes)
+    }),
+    ("instance_network_transmit_bytes", "Bytes sent", true, |it| {
+        Some(it.kernel.network_transmit_bytes)
+    }),
+    ("instance_network_drops", "Packets dropped on the way in or out", true, |it| {
+        Some(it.kernel.network_drops)
+    }),
 ];
+
+/// How old what a QEMU said is: that of disks and resident memory.
+const AGE: Number = (
+    "instance_qemu_age_seconds",
+    "Seconds since its QEMU told of disks and resident memory",
+    false,
+    |it| it.qemu.as_ref().map(|(_, at)| at.elapsed().as_secs()),
+);
+
+fn qemu(counted: &Counted, number: fn(&QemuUsage) -> u64) -> Option<u64> {
+    counted.qemu.as_ref().map(|(usage, _)| number(usage))
+}
 
 impl Collector for UsageBoard {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let counts = self.read();
-        for (name, help, grows, number) in NUMBERS {
+        for (name, help, grows, number) in NUMBERS.into_iter().chain([AGE]) {
             let kind = if grows {
                 ConstCounter::new(0_u64).metric_type()
             } else {
                 ConstGauge::new(0_i64).metric_type()
             };
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;
-            for (id, usage) in &counts {
+            for (id, counted) in &counts {
+                let Some(number) = number(counted) else { continue };
                 let labels = [("instance", id.to_string())];
                 let one = family.encode_family(&labels)?;
                 if grows {
-                    ConstCounter::new(number(usage)).encode(one)?;
+                    ConstCounter::new(number).encode(one)?;
                 } else {
-                    ConstGauge::new(i64::try_from(number(usage)).unwrap_or(i64::MAX))
-                        .encode(one)?;
+                    ConstGauge::new(i64::try_from(number).unwrap_or(i64::MAX)).encode(one)?;
                 }
             }
         }
@@ -72,11 +154,11 @@ impl Collector for UsageBoard {
 
 /// An instance's usage in words, for an event.
 #[must_use]
-pub fn words(usage: &Usage) -> String {
+pub fn words(counted: &Counted) -> String {
     let mut parts = Vec::new();
     for (name, _, _, number) in NUMBERS {
-        let name = name.trim_start_matches("instance_");
-        parts.push(format!("{name}={}", number(usage)));
+        let Some(number) = number(counted) else { continue };
+        parts.push(format!("{}={number}", name.trim_start_matches("instance_")));
     }
     parts.join(" ")
 }
@@ -87,18 +169,58 @@ mod tests {
 
     use super::*;
 
+    const ID: Uuid = Uuid::from_u128(1);
+
+    fn kernel(cpu_nanoseconds: u64) -> BTreeMap<Uuid, KernelUsage> {
+        [(ID, KernelUsage { cpu_nanoseconds, ..KernelUsage::default() })].into()
+    }
+
     #[test]
-    fn every_instance_has_its_numbers() {
+    fn every_instance_has_its_numbers_as_soon_as_they_are_known() {
         let board = UsageBoard::default();
-        let usage = Usage { cpu_nanoseconds: 5, memory_resident_kib: 7, ..Usage::default() };
-        board.post([(Uuid::from_u128(1), usage.clone())].into());
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(board));
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        registry.register_collector(Box::new(board.clone()));
+        let text = || {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+            text
+        };
         let id = "instance=\"00000000-0000-0000-0000-000000000001\"";
-        assert!(text.contains(&format!("instance_cpu_nanoseconds_total{{{id}}} 5")), "{text}");
-        assert!(text.contains(&format!("instance_memory_resident_kib{{{id}}} 7")), "{text}");
-        assert!(words(&usage).starts_with("cpu_nanoseconds=5 memory_resident_kib=7 "));
+        board.post(kernel(5));
+        assert!(
+            text().contains(&format!("instance_cpu_nanoseconds_total{{{id}}} 5")),
+            "{}",
+            text()
+        );
+        assert!(!text().contains("instance_memory_resident_kib{"), "{}", text());
+        assert!(words(&board.read()[&ID]).starts_with("cpu_nanoseconds=5 network_receive_bytes=0"));
+
+        board.post_qemu(ID, QemuUsage { memory_resident_kib: 7, ..QemuUsage::default() });
+        assert!(text().contains(&format!("instance_memory_resident_kib{{{id}}} 7")), "{}", text());
+        assert!(text().contains(&format!("instance_qemu_age_seconds{{{id}}} 0")), "{}", text());
+        let counted = &board.read()[&ID];
+        assert!(words(counted).starts_with("cpu_nanoseconds=5 memory_resident_kib=7 "));
+        let told = serde_json::to_value(counted.told()).unwrap();
+        assert_eq!(
+            (&told["cpu_nanoseconds"], &told["memory_resident_kib"]),
+            (&5.into(), &7.into())
+        );
+        assert!(told["qemu_age_ms"].is_u64(), "{told}");
+    }
+
+    #[test]
+    fn what_a_qemu_said_stands_until_another_is_there() {
+        let board = UsageBoard::default();
+        board.post_qemu(ID, QemuUsage::default());
+        assert!(board.read().is_empty(), "it does not run");
+        board.post(kernel(5));
+        board.post_qemu(ID, QemuUsage { disk_requests: 3, ..QemuUsage::default() });
+        board.post(kernel(5));
+        let requests = || board.read()[&ID].qemu.as_ref().map(|(usage, _)| usage.disk_requests);
+        assert_eq!(requests(), Some(3));
+        board.post(kernel(4));
+        assert_eq!(requests(), None, "it was started anew");
+        board.post(BTreeMap::new());
+        assert!(board.read().is_empty());
     }
 }

@@ -133,17 +133,18 @@ impl Libvirtd {
         run("/usr/bin/virsh", ["-q", "-c", &uri].into_iter().chain(args))
     }
 
-    /// Kills a guest's process.
+    /// Sends a signal to a guest's process: `KILL` crashes it, and `STOP` makes it as silent as one
+    /// whose storage went away.
     ///
     /// # Panics
     ///
     /// If it does not run.
-    pub fn crash(&self, domain: &str) {
+    pub fn signal(&self, domain: &str, signal: &str) {
         // Its number is one of the namespace.
         let spaces = format!("/proc/{}/ns", self.holder.pid());
         let into = format!("--pid={spaces}/pid_for_children");
         let pid = self.guest_pid(domain);
-        run("/usr/bin/nsenter", [into.as_str(), "/bin/kill", "-KILL", pid.trim()]);
+        run("/usr/bin/nsenter", [into.as_str(), "/bin/kill", "-s", signal, pid.trim()]);
     }
 
     /// Process id of a guest, where libvirtd is.

@@ -246,11 +246,9 @@ impl<H: Hypervisor> ComputeAgent<H> {
     /// What it has used since it was started.
     async fn usage_of(&self, id: InstanceId) -> Result<Value, Refusal> {
         self.domain(id).await?;
-        let all = self.hypervisor.usage().await.map_err(unavailable)?;
-        let usage = all.get(&id.0).ok_or_else(|| {
-            Refusal::new(ErrorCode::WrongState, "it is shut off: it uses nothing")
-        })?;
-        Ok(json!(usage))
+        let usage = self.meter.one(id).await.map_err(unavailable)?;
+        let off = || Refusal::new(ErrorCode::WrongState, "it is shut off: it uses nothing");
+        usage.ok_or_else(off)
     }
 
     /// Its XML, as libvirt has it.

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use stackhand_model::{InstanceId, VolumeId};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
-    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, OffReason, Power, Screenshot,
-    Usage,
+    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, KernelUsage, OffReason,
+    Power, QemuAnswer, QemuUsage, Screenshot,
 };
 use crate::domain::{Devices, domain_name, read, read_device};
 
@@ -35,6 +36,16 @@ pub struct Host {
     pub clinging: BTreeSet<Uuid>,
     /// KVM runs guests.
     pub kvm: bool,
+    /// What was used, of each domain that is on; nothing if it is not here.
+    pub used: BTreeMap<Uuid, (KernelUsage, QemuUsage)>,
+    /// Domains whose QEMU does not answer.
+    pub silent: BTreeSet<Uuid>,
+    /// Domains with which something else is being done.
+    pub busy: BTreeSet<Uuid>,
+    /// How long QEMUs think about an answer.
+    pub thinking: Duration,
+    /// Domains whose QEMU was asked, one after the other.
+    pub asked: Vec<Uuid>,
     /// What each domain will have plugged in when it is started.
     defined: BTreeMap<Uuid, Devices>,
     /// Volumes whose password is known.
@@ -222,12 +233,27 @@ impl Hypervisor for FakeHypervisor {
         if host.kvm { Ok(()) } else { Err(refused()) }
     }
 
-    async fn usage(&self) -> Result<BTreeMap<Uuid, Usage>, HypervisorError> {
+    async fn kernel_usage(&self) -> Result<BTreeMap<Uuid, KernelUsage>, HypervisorError> {
         let host = FakeHypervisor::host(self);
         host.reach()?;
-        let runs = |domain: &&DomainSeen| !matches!(domain.power, Power::Off(_));
-        let usage = Usage { cpu_nanoseconds: 1_000_000_000, ..Usage::default() };
-        Ok(host.domains.values().filter(runs).map(|it| (it.uuid, usage.clone())).collect())
+        let on = host.domains.values().filter(|domain| !matches!(domain.power, Power::Off(_)));
+        let used = |uuid| host.used.get(&uuid).cloned().unwrap_or_default().0;
+        Ok(on.map(|domain| (domain.uuid, used(domain.uuid))).collect())
+    }
+
+    async fn qemu_usage(&self, id: InstanceId) -> Result<QemuAnswer, HypervisorError> {
+        let thinking = FakeHypervisor::host(self).thinking;
+        tokio::time::sleep(thinking).await;
+        let mut host = FakeHypervisor::host(self);
+        host.reach()?;
+        host.asked.push(id.0);
+        if host.silent.contains(&id.0) {
+            return Ok(QemuAnswer::Silent);
+        }
+        if host.busy.contains(&id.0) {
+            return Ok(QemuAnswer::Busy);
+        }
+        Ok(QemuAnswer::Told(host.used.get(&id.0).cloned().unwrap_or_default().1))
     }
 
     async fn xml(&self, _id: InstanceId) -> Result<String, HypervisorError> {

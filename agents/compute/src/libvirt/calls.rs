@@ -79,26 +79,24 @@ pub(super) fn job(domain: &Domain, ended: bool) -> Result<sys::virDomainJobType,
     Ok(u32::try_from(kind).unwrap_or_default())
 }
 
-/// Numbers of all domains of ours that are on, by their names. Whose a domain is, its name says: it is
-/// the one that we give to its UUID.
-pub(super) fn stats(connect: &Connect) -> Result<BTreeMap<Uuid, BTreeMap<String, u64>>, Error> {
-    let kinds = sys::VIR_DOMAIN_STATS_CPU_TOTAL
-        | sys::VIR_DOMAIN_STATS_BALLOON
-        | sys::VIR_DOMAIN_STATS_INTERFACE
-        | sys::VIR_DOMAIN_STATS_BLOCK;
-    // Those that stand still hold memory and disks, too. One that is busy tells what it can without
-    // waiting.
+/// What libvirt counts of a domain, by name.
+pub(super) type Numbers = BTreeMap<String, u64>;
+
+/// What is known of the domains of ours that are on without a question to their QEMUs: the devices'
+/// traffic, and what libvirt says of a domain itself. Whose a domain is, its name says: it is the one
+/// that we give to its UUID.
+pub(super) fn kernel_stats(connect: &Connect) -> Result<BTreeMap<Uuid, (Info, Numbers)>, Error> {
+    // Those that stand still count, too.
     let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
         | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+    let kinds = sys::VIR_DOMAIN_STATS_INTERFACE;
     let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
     // SAFETY: the connection is open; libvirt allocates the list, which ends with a null.
     let count =
         unsafe { sys::virConnectGetAllDomainStats(connect.as_ptr(), kinds, &raw mut list, flags) };
-    checked(count)?;
+    let records = Records::new(list, count)?;
     let mut all = BTreeMap::new();
-    for index in 0..usize::try_from(count).unwrap_or(0) {
-        // SAFETY: the list has `count` records, which live until the list is freed below.
-        let record = unsafe { &**list.add(index) };
+    for record in records.iter() {
         let mut uuid = [0_u8; 16];
         // SAFETY: the record holds a domain; a UUID has 16 bytes.
         if unsafe { sys::virDomainGetUUID(record.dom, uuid.as_mut_ptr()) } != 0 {
@@ -113,19 +111,78 @@ pub(super) fn stats(connect: &Connect) -> Result<BTreeMap<Uuid, BTreeMap<String,
         if name.to_bytes() != domain_name(InstanceId(uuid)).as_bytes() {
             continue;
         }
-        let count = usize::try_from(record.nparams).unwrap_or(0);
-        let params: &[sys::virTypedParameter] = if record.params.is_null() {
-            &[]
-        } else {
-            // SAFETY: the record has so many parameters, which live until the list is freed.
-            unsafe { std::slice::from_raw_parts(record.params, count) }
+        let mut info = std::mem::MaybeUninit::<sys::virDomainInfo>::zeroed();
+        // SAFETY: the record holds a domain; the structure has room, and zeros are a value of it.
+        let info = unsafe {
+            if sys::virDomainGetInfo(record.dom, info.as_mut_ptr()) != 0 {
+                // It went away since the list was made.
+                continue;
+            }
+            info.assume_init()
         };
-        let numbers = params.iter().filter_map(number).collect();
-        all.insert(uuid, numbers);
+        let info = Info { cpu_nanoseconds: info.cpuTime, memory_kib: info.memory };
+        all.insert(uuid, (info, numbers(record)));
     }
-    // SAFETY: it is the list that libvirt has just allocated, and nobody looks at it any more.
-    unsafe { sys::virDomainStatsRecordListFree(list) };
     Ok(all)
+}
+
+/// What libvirt says of a domain itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Info {
+    pub(super) cpu_nanoseconds: u64,
+    pub(super) memory_kib: u64,
+}
+
+/// What a domain's QEMU counts. A QEMU that is busy with something else is not waited for, and then
+/// little is told; one that does not answer at all holds up the call for as long.
+pub(super) fn qemu_stats(domain: &Domain) -> Result<Numbers, Error> {
+    let kinds = sys::VIR_DOMAIN_STATS_BALLOON | sys::VIR_DOMAIN_STATS_BLOCK;
+    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+    let mut domains = [domain.as_ptr(), std::ptr::null_mut()];
+    let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
+    // SAFETY: the domain is live, the array ends with a null, and libvirt allocates the list.
+    let count =
+        unsafe { sys::virDomainListGetStats(domains.as_mut_ptr(), kinds, &raw mut list, flags) };
+    let records = Records::new(list, count)?;
+    Ok(records.iter().next().map(numbers).unwrap_or_default())
+}
+
+/// A list of records that libvirt allocated.
+struct Records {
+    list: *mut sys::virDomainStatsRecordPtr,
+    count: usize,
+}
+
+impl Records {
+    /// Of a list that libvirt has just filled in, with what the call gave back.
+    fn new(list: *mut sys::virDomainStatsRecordPtr, count: c_int) -> Result<Self, Error> {
+        checked(count)?;
+        Ok(Self { list, count: usize::try_from(count).unwrap_or(0) })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &sys::virDomainStatsRecord> {
+        // SAFETY: the list has `count` records, which live until the list is freed.
+        (0..self.count).map(|index| unsafe { &**self.list.add(index) })
+    }
+}
+
+impl Drop for Records {
+    fn drop(&mut self) {
+        // SAFETY: it is a list that libvirt allocated, and nobody looks at it any more.
+        unsafe { sys::virDomainStatsRecordListFree(self.list) };
+    }
+}
+
+/// The numbers of a record.
+fn numbers(record: &sys::virDomainStatsRecord) -> Numbers {
+    let count = usize::try_from(record.nparams).unwrap_or(0);
+    let params: &[sys::virTypedParameter] = if record.params.is_null() {
+        &[]
+    } else {
+        // SAFETY: the record has so many parameters, which live as long as it does.
+        unsafe { std::slice::from_raw_parts(record.params, count) }
+    };
+    params.iter().filter_map(number).collect()
 }
 
 /// A parameter's name and value, if it is a number.

@@ -1,11 +1,10 @@
 //! What libvirt tells of the host, and of what guests use.
 
-use std::collections::BTreeMap;
-
 use quick_xml::events::Event;
 use quick_xml::reader::Reader;
 
-use crate::hypervisor::{NumaCell, Usage};
+use super::calls::{Info, Numbers};
+use crate::hypervisor::{KernelUsage, NumaCell, QemuUsage};
 
 /// What the host's capabilities say, as far as it concerns us.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -69,30 +68,38 @@ pub(super) fn capabilities(xml: &str) -> Capabilities {
     }
 }
 
-/// Sums up what libvirt counts for one domain.
-pub(super) fn usage(numbers: &BTreeMap<String, u64>) -> Usage {
-    let one = |name: &str| numbers.get(name).copied();
-    let sum = |kind: &str, ends: &[&str]| {
-        let counts = |name: &str| {
-            let rest = name.strip_prefix(kind).and_then(|rest| rest.strip_prefix('.'));
-            let end = rest.and_then(|rest| rest.split_once('.')).map(|(_, end)| end);
-            end.is_some_and(|end| ends.contains(&end))
-        };
-        let all = numbers.iter().filter(|(name, _)| counts(name)).map(|(_, value)| *value);
-        all.fold(0, u64::saturating_add)
-    };
-    Usage {
-        cpu_nanoseconds: one("cpu.time").unwrap_or(0),
-        memory_resident_kib: one("balloon.rss").unwrap_or(0),
-        memory_kib: one("balloon.current").unwrap_or(0),
-        memory_unused_kib: one("balloon.unused"),
-        disk_read_bytes: sum("block", &["rd.bytes"]),
-        disk_write_bytes: sum("block", &["wr.bytes"]),
-        disk_requests: sum("block", &["rd.reqs", "wr.reqs"]),
-        network_receive_bytes: sum("net", &["rx.bytes"]),
-        network_transmit_bytes: sum("net", &["tx.bytes"]),
-        network_drops: sum("net", &["rx.drop", "tx.drop"]),
+/// What the kernel counts for one domain.
+pub(super) fn kernel_usage(info: Info, numbers: &Numbers) -> KernelUsage {
+    KernelUsage {
+        cpu_nanoseconds: info.cpu_nanoseconds,
+        memory_kib: info.memory_kib,
+        network_receive_bytes: sum(numbers, "net", &["rx.bytes"]),
+        network_transmit_bytes: sum(numbers, "net", &["tx.bytes"]),
+        network_drops: sum(numbers, "net", &["rx.drop", "tx.drop"]),
     }
+}
+
+/// What a QEMU counts; none if it was not asked, because it was busy.
+pub(super) fn qemu_usage(numbers: &Numbers) -> Option<QemuUsage> {
+    Some(QemuUsage {
+        // Told if QEMU was asked, and else neither this nor what disks did.
+        memory_resident_kib: *numbers.get("balloon.rss")?,
+        memory_unused_kib: numbers.get("balloon.unused").copied(),
+        disk_read_bytes: sum(numbers, "block", &["rd.bytes"]),
+        disk_write_bytes: sum(numbers, "block", &["wr.bytes"]),
+        disk_requests: sum(numbers, "block", &["rd.reqs", "wr.reqs"]),
+    })
+}
+
+/// Sums up one thing over all devices of a kind.
+fn sum(numbers: &Numbers, kind: &str, ends: &[&str]) -> u64 {
+    let counts = |name: &str| {
+        let rest = name.strip_prefix(kind).and_then(|rest| rest.strip_prefix('.'));
+        let end = rest.and_then(|rest| rest.split_once('.')).map(|(_, end)| end);
+        end.is_some_and(|end| ends.contains(&end))
+    };
+    let all = numbers.iter().filter(|(name, _)| counts(name)).map(|(_, value)| *value);
+    all.fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -117,7 +124,7 @@ mod tests {
     #[test]
     fn numbers_are_summed_over_disks_and_devices() {
         let numbers = [
-            ("cpu.time", 5),
+            ("balloon.rss", 9),
             ("block.count", 2),
             ("block.0.rd.bytes", 10),
             ("block.1.rd.bytes", 20),
@@ -125,15 +132,24 @@ mod tests {
             ("net.0.rx.bytes", 7),
             ("net.0.tx.drop", 1),
         ];
-        let numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
-        let expected = Usage {
+        let mut numbers: Numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
+        let info = Info { cpu_nanoseconds: 5, memory_kib: 64 };
+        let kernel = KernelUsage {
             cpu_nanoseconds: 5,
-            disk_read_bytes: 30,
-            disk_requests: 3,
+            memory_kib: 64,
             network_receive_bytes: 7,
             network_drops: 1,
-            ..Usage::default()
+            ..KernelUsage::default()
         };
-        assert_eq!(usage(&numbers), expected);
+        assert_eq!(kernel_usage(info, &numbers), kernel);
+        let qemu = QemuUsage {
+            memory_resident_kib: 9,
+            disk_read_bytes: 30,
+            disk_requests: 3,
+            ..QemuUsage::default()
+        };
+        assert_eq!(qemu_usage(&numbers), Some(qemu));
+        numbers.remove("balloon.rss");
+        assert_eq!(qemu_usage(&numbers), None, "one that is busy has not read nothing");
     }
 }

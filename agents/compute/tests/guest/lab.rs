@@ -61,6 +61,11 @@ impl Scene {
     }
 
     pub(crate) fn instance(generation: u64, fields: Value) -> Document {
+        Self::another(INSTANCE, generation, fields)
+    }
+
+    /// An instance beside the usual one.
+    pub(crate) fn another(id: u128, generation: u64, fields: Value) -> Document {
         let mut spec = json!({
             "host": "here", "vcpus": 1, "memory_mib": 192,
             "kernel": Uuid::from_u128(KERNEL), "ramdisk": Uuid::from_u128(RAMDISK),
@@ -71,7 +76,7 @@ impl Scene {
                 spec[key] = value;
             }
         }
-        document("Instance", INSTANCE, generation, &spec)
+        document("Instance", id, generation, &spec)
     }
 }
 

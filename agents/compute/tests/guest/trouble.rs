@@ -3,9 +3,10 @@
 /// They boot machines.
 mod lab {
     use std::fs;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use serde_json::{Value, json};
+    use stackhand_runtime::agent::Agent;
     use stackhand_testkit::{in_netns, on_a_host, wait_for};
     use uuid::Uuid;
 
@@ -46,6 +47,69 @@ mod lab {
             driven.until_gone(object).await;
             driven.kill().await;
             run("umount", [folder]);
+        });
+    }
+
+    #[test]
+    fn a_qemu_that_does_not_answer_is_told_and_holds_up_no_other() {
+        in_netns(async || {
+            let scene = Scene::new();
+            // The first is the one of the scene; libvirt is asked for no more than two at once.
+            let first = Scene::instance(1, json!({}));
+            let [second, third] = [2, 3].map(|id| Scene::another(id << 96, 1, json!({})));
+            let driven = scene.driven();
+            driven.want(scene.images.clone(), false);
+            driven.want([first.clone(), second.clone(), third.clone()], false);
+            for instance in [&first, &second, &third] {
+                driven.until_active(instance.object()).await;
+                let usage = driven.act(instance, "usage", Value::Null).await.unwrap();
+                assert!(usage["memory_resident_kib"].as_u64().unwrap() > 0, "{usage}");
+            }
+            assert_eq!(driven.agent.troubles(), Vec::<String>::new());
+
+            for (silent, name) in [(&first, NAME), (&second, "instance-00000002")] {
+                scene.libvirtd.signal(name, "STOP");
+                let usage = driven.act(silent, "usage", Value::Null).await.unwrap();
+                assert!(usage["qemu_age_ms"].as_u64().unwrap() >= 5000, "the last: {usage}");
+                let (id, troubles) = (silent.object().id.to_string(), driven.agent.troubles());
+                assert!(troubles.iter().any(|it| it.contains(&id)), "{troubles:?}");
+                // Everything of the others is still counted, and soon.
+                let begun = Instant::now();
+                let usage = driven.act(&third, "usage", Value::Null).await.unwrap();
+                assert!(begun.elapsed() < Duration::from_secs(4), "{:?} {usage}", begun.elapsed());
+                let age = usage["qemu_age_ms"].as_u64().unwrap();
+                assert_eq!(age < 4000, silent.object() == first.object(), "{usage}");
+            }
+
+            // With as many that owe an answer no other is asked; the kernel's counts still come.
+            let cpu = async || {
+                let begun = Instant::now();
+                let facts = driven.agent.facts().await;
+                assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+                facts["usage"][third.object().id.to_string()]["cpu_nanoseconds"].as_u64().unwrap()
+            };
+            let before = cpu().await;
+            wait_for(Duration::from_secs(30), "the third to be seen at work", async || {
+                (cpu().await > before).then_some(())
+            })
+            .await;
+
+            // One answers again, the other is helped as the trouble says.
+            scene.libvirtd.signal("instance-00000002", "CONT");
+            driven.act(&first, "reboot", json!({"type": "hard"})).await.unwrap();
+            wait_for(Duration::from_secs(60), "all to answer", async || {
+                let facts = driven.agent.facts().await;
+                let ages = facts["usage"].as_object().unwrap().values();
+                let told = ages.filter(|it| it["qemu_age_ms"].as_u64() < Some(2000)).count();
+                (told == 3 && driven.agent.troubles().is_empty()).then_some(())
+            })
+            .await;
+            let objects = [first.object(), second.object(), third.object()];
+            driven.want([first, second, third], true);
+            for object in objects {
+                driven.until_gone(object).await;
+            }
+            driven.kill().await;
         });
     }
 
@@ -128,7 +192,7 @@ mod lab {
             driven.want([instance.clone()], false);
             driven.until_active(object).await;
             let pid = scene.libvirtd.guest_pid(NAME);
-            scene.libvirtd.crash(NAME);
+            scene.libvirtd.signal(NAME, "KILL");
             driven.until_told("the guest crashed").await;
             wait_for(Duration::from_secs(30), "another process", async || {
                 (scene.libvirtd.virsh(["domstate", NAME]).trim() == "running").then_some(())

@@ -1,0 +1,193 @@
+//! The connections to libvirt.
+//!
+//! One listens to events, and by it is known whether libvirtd is there. Every call has a connection
+//! to itself meanwhile: libvirt's client, before version 10, may not notice a call that comes while
+//! another waits for its answer on the same connection, until libvirtd's next keepalive five seconds
+//! later. It asks the loop of the thread that waits to end, which is lost if that loop is about to
+//! begin.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virt::connect::Connect;
+use virt::error::Error;
+
+use super::Notice;
+use super::events::Listener;
+use crate::hypervisor::HypervisorError;
+
+/// Seconds between keepalives, and how many may go unanswered.
+const KEEPALIVE: (i32, u32) = (5, 3);
+
+/// The connections to libvirt at one URI.
+pub(super) struct Links {
+    uri: String,
+    notice: Notice,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The one that listens.
+    listening: Option<Link>,
+    /// Those that no call uses now: as many as there ever were calls at once.
+    idle: Vec<Link>,
+    /// Why none can be opened, since it was last tried.
+    problem: Option<String>,
+}
+
+/// A connection and what listens to it; closed when it is dropped.
+struct Link {
+    connect: Connect,
+    listener: Option<Listener>,
+}
+
+impl Link {
+    fn is_alive(&self) -> bool {
+        self.connect.is_alive().unwrap_or(false)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.end(&self.connect);
+        }
+        // `Connect` does not close itself. On a dead connection this only frees memory.
+        if let Err(error) = self.connect.close() {
+            tracing::debug!(%error, "closing a connection to libvirt");
+        }
+    }
+}
+
+impl Links {
+    /// To `uri`; none is opened yet.
+    pub(super) fn new(uri: &str, notice: Notice) -> Self {
+        Self { uri: uri.to_owned(), notice, state: Mutex::default() }
+    }
+
+    /// Where libvirt is.
+    pub(super) fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Why libvirt cannot be reached, as far as is known without asking.
+    pub(super) fn problem(&self) -> Option<String> {
+        self.state().problem.clone()
+    }
+
+    /// What is said while it cannot be reached.
+    pub(super) fn away(&self, reason: &str) -> HypervisorError {
+        HypervisorError::Away { uri: self.uri.clone(), reason: reason.to_owned() }
+    }
+
+    /// Makes a call, which blocks.
+    pub(super) fn call<T>(
+        &self,
+        action: String,
+        call: impl FnOnce(&Connect) -> Result<T, Error>,
+    ) -> Result<T, HypervisorError> {
+        let link = self.take()?;
+        match call(&link.connect) {
+            Ok(answer) => {
+                self.state().idle.push(link);
+                Ok(answer)
+            }
+            Err(error) if link.is_alive() => {
+                self.state().idle.push(link);
+                Err(HypervisorError::Refused { action, reason: error.message().to_owned() })
+            }
+            Err(error) => {
+                drop(link);
+                self.lose_the_dead();
+                Err(self.away(error.message()))
+            }
+        }
+    }
+
+    /// Notices that libvirtd went away, or opens connections again if it is back; tells of both.
+    pub(super) fn look_after(&self) {
+        let (listening, broken) = {
+            let state = self.state();
+            (state.listening.is_some(), state.problem.is_some())
+        };
+        // One that was never opened and never asked for is not missed.
+        let changed =
+            if listening { self.lose_the_dead() } else { broken && self.listen().is_ok() };
+        if changed {
+            (self.notice)(None);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection for one call.
+    fn take(&self) -> Result<Link, HypervisorError> {
+        // Before the call, so that nothing that it sees can change without being heard.
+        self.listen()?;
+        loop {
+            let idle = self.state().idle.pop();
+            match idle {
+                Some(link) if link.is_alive() => return Ok(link),
+                Some(_dead) => {}
+                None => {
+                    let connect = self.connect().map_err(|error| {
+                        self.lose_the_dead();
+                        self.away(error.message())
+                    })?;
+                    return Ok(Link { connect, listener: None });
+                }
+            }
+        }
+    }
+
+    /// Opens the connection that listens, if it is not open.
+    fn listen(&self) -> Result<(), HypervisorError> {
+        let mut state = self.state();
+        if state.listening.is_some() {
+            return Ok(());
+        }
+        let connect = self.connect().map_err(|error| {
+            state.problem = Some(error.message().to_owned());
+            self.away(error.message())
+        })?;
+        let notice = Arc::clone(&self.notice);
+        let listener = Listener::begin(&connect, move |uuid| notice(Some(uuid)));
+        if listener.is_none() {
+            tracing::warn!(uri = self.uri, "libvirt gives no events; changes are seen late");
+        }
+        state.listening = Some(Link { connect, listener });
+        state.problem = None;
+        tracing::info!(uri = self.uri, "connected to libvirt");
+        Ok(())
+    }
+
+    fn connect(&self) -> Result<Connect, Error> {
+        let connect = Connect::open(Some(&self.uri))?;
+        // A driver inside our own process has no keepalive.
+        let _unsupported = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1);
+        Ok(connect)
+    }
+
+    /// Gives up the connection that listens if it is dead; tells whether it was.
+    fn lose_the_dead(&self) -> bool {
+        let lost = {
+            let mut state = self.state();
+            if state.listening.as_ref().is_none_or(Link::is_alive) {
+                return false;
+            }
+            state.problem = Some("the connection was lost".to_owned());
+            (state.listening.take(), std::mem::take(&mut state.idle))
+        };
+        tracing::warn!(uri = self.uri, "the connection to libvirt was lost");
+        drop(lost);
+        true
+    }
+}
+
+impl std::fmt::Debug for Links {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Links").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
