@@ -29,6 +29,9 @@ const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 pub struct Meter<H> {
     hypervisor: Arc<H>,
     board: UsageBoard,
+    /// Held while the kernel's counts are taken and posted, so that older never replace newer.
+    counting: tokio::sync::Mutex<()>,
+    /// Held while QEMUs are asked, so that it is one at a time.
     turns: tokio::sync::Mutex<Turns>,
     silent: Mutex<BTreeSet<Uuid>>,
 }
@@ -64,6 +67,7 @@ impl<H: Hypervisor> Meter<H> {
         Self {
             hypervisor,
             board: UsageBoard::default(),
+            counting: tokio::sync::Mutex::default(),
             turns: tokio::sync::Mutex::default(),
             silent: Mutex::default(),
         }
@@ -82,9 +86,7 @@ impl<H: Hypervisor> Meter<H> {
     ///
     /// Fails if the hypervisor is away; the last counts stand.
     pub async fn pass(&self) -> Result<Asked, HypervisorError> {
-        let kernel = self.hypervisor.kernel_usage().await?;
-        let running: BTreeSet<Uuid> = kernel.keys().copied().collect();
-        self.board.post(kernel);
+        let running = self.count().await?;
         self.silent().retain(|id| running.contains(id));
         let Ok(mut turns) = self.turns.try_lock() else {
             return Ok(Asked { asked: 0, all: running.len() });
@@ -96,8 +98,7 @@ impl<H: Hypervisor> Meter<H> {
             if begun.elapsed() >= BUDGET {
                 break;
             }
-            self.ask(id).await;
-            turns.insert(id, Instant::now());
+            self.ask(id, &mut turns).await;
             asked += 1;
         }
         Ok(Asked { asked, all: running.len() })
@@ -120,9 +121,8 @@ impl<H: Hypervisor> Meter<H> {
     ///
     /// Fails if the hypervisor is away; nothing is told of an instance that is off.
     pub async fn one(&self, id: InstanceId) -> Result<Option<Value>, HypervisorError> {
-        self.board.post(self.hypervisor.kernel_usage().await?);
-        if self.board.read().contains_key(&id.0) {
-            self.ask(id.0).await;
+        if self.count().await?.contains(&id.0) {
+            self.ask(id.0, &mut *self.turns.lock().await).await;
         }
         Ok(self.board.read().get(&id.0).map(|counted| json!(counted.told())))
     }
@@ -139,7 +139,16 @@ impl<H: Hypervisor> Meter<H> {
         self.silent().iter().map(told).collect()
     }
 
-    async fn ask(&self, id: Uuid) {
+    /// Posts what the kernel counts; gives who runs.
+    async fn count(&self) -> Result<BTreeSet<Uuid>, HypervisorError> {
+        let _counting = self.counting.lock().await;
+        let kernel = self.hypervisor.kernel_usage().await?;
+        let running = kernel.keys().copied().collect();
+        self.board.post(kernel);
+        Ok(running)
+    }
+
+    async fn ask(&self, id: Uuid, turns: &mut Turns) {
         match self.hypervisor.qemu_usage(InstanceId(id)).await {
             Ok(QemuAnswer::Told(usage)) => {
                 self.board.post_qemu(id, usage);
@@ -156,6 +165,7 @@ impl<H: Hypervisor> Meter<H> {
             }
             Err(error) => tracing::debug!(%error, "what an instance used"),
         }
+        turns.insert(id, Instant::now());
     }
 
     fn silent(&self) -> MutexGuard<'_, BTreeSet<Uuid>> {
@@ -246,6 +256,19 @@ mod tests {
         let (one, other) = tokio::join!(meter.pass(), meter.pass());
         assert_eq!((one.unwrap().asked, other.unwrap().asked), (2, 0));
         assert_eq!(fake(&meter).asked.len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_who_ask_for_one_each_are_told_what_its_qemu_says_now() {
+        let meter = meter(4);
+        fake(&meter).thinking = Duration::from_millis(10);
+        let one = async |number| meter.one(InstanceId(id(number))).await.unwrap().unwrap();
+        let (first, second, third) = tokio::join!(one(1), one(2), one(3));
+        let told = [first, second, third].map(|it| it["disk_requests"].as_u64());
+        assert_eq!(told, [Some(1), Some(2), Some(3)]);
+        // They had their turns by that.
+        meter.pass().await.unwrap();
+        assert_eq!(fake(&meter).asked, [1, 2, 3, 4, 1, 2, 3].map(id));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,10 +1,10 @@
 //! The connections to libvirt.
 //!
 //! One listens to events, and by it is known whether libvirtd is there. Every call has a connection
-//! to itself meanwhile: libvirt's client, before version 10, may not notice a call that comes while
+//! to itself meanwhile: libvirt's client (9.0 was seen to) may not notice a call that comes while
 //! another waits for its answer on the same connection, until libvirtd's next keepalive five seconds
-//! later. It asks the loop of the thread that waits to end, which is lost if that loop is about to
-//! begin.
+//! later. It asks the loop of the thread that waits to end (`virNetClientIO`), which is lost if that
+//! loop is about to begin.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,6 +22,9 @@ const KEEPALIVE: (i32, u32) = (5, 3);
 pub(super) struct Links {
     uri: String,
     notice: Notice,
+    /// Held while the one that listens is opened, which takes as long as libvirtd likes.
+    opening: Mutex<()>,
+    /// Held for a moment: whoever asks for troubles does not wait for libvirtd.
     state: Mutex<State>,
 }
 
@@ -62,7 +65,7 @@ impl Drop for Link {
 impl Links {
     /// To `uri`; none is opened yet.
     pub(super) fn new(uri: &str, notice: Notice) -> Self {
-        Self { uri: uri.to_owned(), notice, state: Mutex::default() }
+        Self { uri: uri.to_owned(), notice, opening: Mutex::default(), state: Mutex::default() }
     }
 
     /// Where libvirt is.
@@ -144,12 +147,12 @@ impl Links {
 
     /// Opens the connection that listens, if it is not open.
     fn listen(&self) -> Result<(), HypervisorError> {
-        let mut state = self.state();
-        if state.listening.is_some() {
+        let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state().listening.is_some() {
             return Ok(());
         }
         let connect = self.connect().map_err(|error| {
-            state.problem = Some(error.message().to_owned());
+            self.state().problem = Some(error.message().to_owned());
             self.away(error.message())
         })?;
         let notice = Arc::clone(&self.notice);
@@ -157,6 +160,7 @@ impl Links {
         if listener.is_none() {
             tracing::warn!(uri = self.uri, "libvirt gives no events; changes are seen late");
         }
+        let mut state = self.state();
         state.listening = Some(Link { connect, listener });
         state.problem = None;
         tracing::info!(uri = self.uri, "connected to libvirt");
@@ -189,5 +193,33 @@ impl Links {
 impl std::fmt::Debug for Links {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Links").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_libvirtd_that_does_not_answer_keeps_nobody_from_telling_troubles() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let uri = format!("qemu:///system?socket={}", socket.display());
+        let links = Arc::new(Links::new(&uri, Arc::new(|_| {})));
+        let calling = Arc::clone(&links);
+        let call = std::thread::spawn(move || calling.call("look".into(), |_| Ok(())));
+        // It is taken in and never answered.
+        let (taken, _) = listener.accept().unwrap();
+        let (sender, told) = mpsc::channel();
+        std::thread::spawn(move || sender.send(links.problem()));
+        assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok(None));
+        drop((taken, listener));
+        let error = call.join().unwrap().unwrap_err();
+        assert!(matches!(error, HypervisorError::Away { .. }), "{error}");
     }
 }
