@@ -20,8 +20,8 @@ use crate::table::Cell;
 /// Show what hosts and instances use, again and again.
 ///
 /// CPU is in percent of one processor, over the time since the last round. Where many instances
-/// run, agents ask for the numbers of disks by turns: DISK/S is over the time between the last two
-/// times, and - before there were two. The line of a host is the sum of its instances.
+/// run, agents ask for memory and disks by turns: DISK/S is over the time between the last two
+/// times. What is not known yet is -. The line of a host is the sum of its instances.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   agentctl top
@@ -45,8 +45,8 @@ struct Line {
     /// None: the host itself.
     instance: Option<String>,
     cpu_percent: f64,
-    memory_mib: u64,
-    /// None: not known yet.
+    /// None: not known yet, as of disks.
+    memory_mib: Option<u64>,
     disk_bytes_per_second: Option<u64>,
     network_bytes_per_second: u64,
     /// What the host has; of a host alone.
@@ -137,7 +137,8 @@ pub(crate) async fn run(args: &Top, session: &mut Session) -> Result<Exit> {
         session.console.print(&lines, |table| {
             table.headers(&["HOST", "INSTANCE", "CPU%", "MIB", "DISK/S", "NET/S"]);
             for line in &lines {
-                let (cpu, mib) = (format!("{:.1}", line.cpu_percent), line.memory_mib.to_string());
+                let cpu = format!("{:.1}", line.cpu_percent);
+                let mib = line.memory_mib.map_or("-".into(), |mib| mib.to_string());
                 let (instance, cpu, mib) = match (&line.instance, line.size) {
                     (None, Some(size)) => (
                         format!("({} instances)", size.host_instances),
@@ -215,7 +216,7 @@ fn lines(
                 host: host.clone(),
                 instance: Some(names.get(&object).cloned().unwrap_or_else(|| id.to_string())),
                 cpu_percent: grown(&["cpu_nanoseconds"]) / 1e7 / seconds,
-                memory_mib: instance.usage["memory_resident_kib"].as_u64().unwrap_or(0) / 1024,
+                memory_mib: instance.usage["memory_resident_kib"].as_u64().map(|kib| kib / 1024),
                 disk_bytes_per_second: instance.disk_rate,
                 network_bytes_per_second: as_u64(network.round()),
                 size: None,
@@ -226,10 +227,8 @@ fn lines(
         let line = Line { host: host.clone(), size: Some(*size), ..Line::default() };
         lines.iter().filter(|it| it.host == *host).fold(line, |mut sum, it| {
             sum.cpu_percent += it.cpu_percent;
-            sum.memory_mib += it.memory_mib;
-            if let Some(rate) = it.disk_bytes_per_second {
-                *sum.disk_bytes_per_second.get_or_insert(0) += rate;
-            }
+            sum.memory_mib = known(sum.memory_mib, it.memory_mib);
+            sum.disk_bytes_per_second = known(sum.disk_bytes_per_second, it.disk_bytes_per_second);
             sum.network_bytes_per_second += it.network_bytes_per_second;
             sum
         })
@@ -242,6 +241,11 @@ fn lines(
         by_host.then_with(by_use).then_with(|| a.instance.cmp(&b.instance))
     });
     lines
+}
+
+/// The sum of what is known.
+fn known(sum: Option<u64>, one: Option<u64>) -> Option<u64> {
+    sum.into_iter().chain(one).reduce(u64::saturating_add)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown to people")]
@@ -292,9 +296,9 @@ mod tests {
         assert_eq!(lines.len(), 4);
         // The host first, with the sum.
         assert_eq!((lines[0].size, &lines[0].instance), (Some(size), &None));
-        assert_eq!((lines[0].disk_bytes_per_second, lines[0].memory_mib), (Some(2048), 6));
+        assert_eq!((lines[0].disk_bytes_per_second, lines[0].memory_mib), (Some(2048), Some(6)));
         assert!((lines[1].cpu_percent - 50.0).abs() < 0.1, "{lines:?}");
-        assert_eq!((lines[1].disk_bytes_per_second, lines[1].memory_mib), (Some(2048), 2));
+        assert_eq!((lines[1].disk_bytes_per_second, lines[1].memory_mib), (Some(2048), Some(2)));
         assert!(lines[2..].iter().all(|line| line.cpu_percent == 0.0), "{lines:?}");
         // Nobody knows what the new one did before it was seen.
         let rates: Vec<_> = lines[2..].iter().map(|line| line.disk_bytes_per_second).collect();
