@@ -220,13 +220,9 @@ pub struct KernelUsage {
     pub network_drops: u64,
 }
 
-/// What an instance has used since it was started, as far as only its QEMU knows.
+/// What the disks of an instance did since it was started, all together.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct QemuUsage {
-    /// Memory that the host spends on it, in KiB.
-    pub memory_resident_kib: u64,
-    /// Memory that the guest does not use, in KiB, if its balloon tells.
-    pub memory_unused_kib: Option<u64>,
+pub struct DiskUsage {
     /// Bytes read from disks.
     pub disk_read_bytes: u64,
     /// Bytes written to disks.
@@ -235,12 +231,39 @@ pub struct QemuUsage {
     pub disk_requests: u64,
 }
 
+/// How the memory of an instance is used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MemoryUsage {
+    /// Memory that the host spends on it, in KiB.
+    pub memory_resident_kib: u64,
+    /// Memory that the guest does not use, in KiB, if its balloon tells.
+    pub memory_unused_kib: Option<u64>,
+}
+
+/// What only a QEMU knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Question {
+    /// What its disks did.
+    Disks,
+    /// How its memory is used.
+    Memory,
+}
+
+/// What a QEMU told, as it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QemuUsage {
+    /// What its disks did.
+    Disks(DiskUsage),
+    /// How its memory is used.
+    Memory(MemoryUsage),
+}
+
 /// What came of asking a QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum QemuAnswer {
     /// It told.
     Told(QemuUsage),
-    /// Something else is being done with it, or it is off: another time.
+    /// Something else is being done with it, or it owes an answer from before: another time.
     Busy,
     /// It did not answer in time. A storage that is away can stop a QEMU like that.
     Silent,
@@ -321,7 +344,7 @@ pub trait Hypervisor: Send + Sync + 'static {
         &self,
     ) -> impl Future<Output = Result<BTreeMap<Uuid, KernelUsage>, HypervisorError>> + Send;
 
-    /// What a domain's QEMU says that it has used. Never waits for longer than a few seconds.
+    /// Asks a domain's QEMU one question. Never waits for longer than a few seconds.
     ///
     /// # Errors
     ///
@@ -329,6 +352,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn qemu_usage(
         &self,
         id: InstanceId,
+        question: Question,
     ) -> impl Future<Output = Result<QemuAnswer, HypervisorError>> + Send;
 
     /// The XML of a domain as it runs, or as it will.

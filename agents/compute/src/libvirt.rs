@@ -11,13 +11,13 @@ mod events;
 mod host;
 mod links;
 mod logs;
+mod owing;
 mod perform;
 mod probe;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use stackhand_model::InstanceId;
@@ -32,18 +32,17 @@ use virt::sys;
 use crate::domain::{Engine, read};
 use crate::hypervisor::{
     DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, KernelUsage, OffReason,
-    Power, QemuAnswer, Screenshot, Stall,
+    Power, QemuAnswer, QemuUsage, Question, Screenshot, Stall,
 };
-use links::Links;
+use links::{Link, Links};
+use owing::{Owing, Refusal};
 
-/// Most calls at once. A libvirtd has twenty threads for those of all its clients.
-const CALLS_AT_ONCE: usize = 6;
+/// Most calls at once: more than there are questions to QEMUs. A libvirtd has twenty threads for the
+/// calls of all its clients.
+const CALLS_AT_ONCE: usize = 8;
 
 /// How long a QEMU is waited for that is asked what it used.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Most QEMUs that may owe an answer to that. Each holds a thread, here and one of libvirtd's twenty.
-const WAITING: usize = 2;
 
 /// How often a lost connection is tried again, and a silent one is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -67,7 +66,7 @@ pub struct Libvirt {
 struct Shared {
     links: Links,
     turns: Semaphore,
-    waiting: Arc<Semaphore>,
+    owing: Owing,
 }
 
 impl Libvirt {
@@ -80,11 +79,8 @@ impl Libvirt {
     pub fn new(uri: &str, notice: Notice) -> Result<Self, HypervisorError> {
         let links = Links::new(uri, notice);
         events::start_loop().map_err(|reason| links.away(&reason))?;
-        let shared = Arc::new(Shared {
-            links,
-            turns: Semaphore::new(CALLS_AT_ONCE),
-            waiting: Arc::new(Semaphore::new(WAITING)),
-        });
+        let shared =
+            Arc::new(Shared { links, turns: Semaphore::new(CALLS_AT_ONCE), owing: Owing::new() });
         tokio::spawn(watch(Arc::downgrade(&shared)));
         Ok(Self { shared })
     }
@@ -104,6 +100,15 @@ impl Libvirt {
         action: String,
         call: impl FnOnce(&Connect) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, HypervisorError> {
+        self.call_on(action, move |link| call(&link.connect)).await
+    }
+
+    /// The same for a call that looks for domains that are on.
+    async fn call_on<T: Send + 'static>(
+        &self,
+        action: String,
+        call: impl FnOnce(&mut Link) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
         let shared = Arc::clone(&self.shared);
         let broke_off =
             |reason: String| HypervisorError::Refused { action: action.clone(), reason };
@@ -115,6 +120,32 @@ impl Libvirt {
         let handle = tokio::task::spawn_blocking(move || shared.links.call(told, call));
         handle.await.unwrap_or_else(|error| Err(broke_off(format!("the call broke off: {error}"))))
     }
+
+    /// Whether a domain's QEMU has not answered for long. Else it is another change of the domain
+    /// that is waited for, or libvirtd, or a place to ask from.
+    async fn is_silent(&self, id: InstanceId) -> bool {
+        let action = format!("look at the QEMU of domain {id}");
+        let unanswered = self.call(action, move |connect| {
+            calls::unanswered(&Domain::lookup_by_uuid(connect, id.0)?)
+        });
+        let since = tokio::time::timeout(PATIENCE, unanswered).await;
+        matches!(since, Ok(Ok(Some(since))) if since >= PATIENCE / 2)
+    }
+}
+
+/// Asks a domain's QEMU.
+fn ask(domain: &Domain, question: Question) -> Result<QemuAnswer, Error> {
+    Ok(match question {
+        // Of all disks together.
+        Question::Disks => {
+            let disks = host::disk_usage(&domain.get_block_stats("")?);
+            QemuAnswer::Told(QemuUsage::Disks(disks))
+        }
+        Question::Memory => match host::memory_usage(&domain.memory_stats(0)?) {
+            Some(memory) => QemuAnswer::Told(QemuUsage::Memory(memory)),
+            None => QemuAnswer::Busy,
+        },
+    })
 }
 
 /// Notices that libvirtd went away, or came back, when nobody calls.
@@ -179,29 +210,33 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn qemu_usage(&self, id: InstanceId) -> Result<QemuAnswer, HypervisorError> {
+    async fn qemu_usage(
+        &self,
+        id: InstanceId,
+        question: Question,
+    ) -> Result<QemuAnswer, HypervisorError> {
         let action = format!("ask the QEMU of domain {id} what it used");
-        let Ok(waiting) = Arc::clone(&self.shared.waiting).try_acquire_owned() else {
-            let reason = format!("{WAITING} others owe an answer");
-            return Err(HypervisorError::Refused { action, reason });
+        let answer = async {
+            let open = match self.shared.owing.open(id.0).await {
+                Ok(open) => open,
+                Err(Refusal::OwesAnswer) => return Ok(QemuAnswer::Busy),
+                Err(Refusal::OthersOwe(late)) => {
+                    let reason = format!("{late} others owe an answer");
+                    return Err(HypervisorError::Refused { action, reason });
+                }
+            };
+            self.call_on(action, move |link| {
+                // Until there is an answer, however long nobody waits for it any more.
+                let _open = open;
+                ask(link.running(id.0)?, question)
+            })
+            .await
         };
-        let asked = Arc::new(AtomicBool::new(false));
-        let asking = Arc::clone(&asked);
-        let answer = self.call(action, move |connect| {
-            // Until there is an answer, however long nobody waits for it any more.
-            let _waiting = waiting;
-            let domain = Domain::lookup_by_uuid(connect, id.0)?;
-            asking.store(true, Ordering::Relaxed);
-            calls::qemu_stats(&domain)
-        });
-        match tokio::time::timeout(PATIENCE, answer).await {
-            Ok(numbers) => {
-                Ok(host::qemu_usage(&numbers?).map_or(QemuAnswer::Busy, QemuAnswer::Told))
-            }
-            Err(_elapsed) if asked.load(Ordering::Relaxed) => Ok(QemuAnswer::Silent),
-            // It is the agent or libvirtd that has its hands full.
-            Err(_elapsed) => Ok(QemuAnswer::Busy),
+        if let Ok(answer) = tokio::time::timeout(PATIENCE, answer).await {
+            return answer;
         }
+        self.shared.owing.is_late(id.0);
+        Ok(if self.is_silent(id).await { QemuAnswer::Silent } else { QemuAnswer::Busy })
     }
 
     async fn xml(&self, id: InstanceId) -> Result<String, HypervisorError> {

@@ -12,7 +12,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::hypervisor::{KernelUsage, QemuUsage};
+use crate::hypervisor::{DiskUsage, KernelUsage, MemoryUsage, QemuUsage};
 
 /// The last count of what instances use. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -25,8 +25,10 @@ pub struct UsageBoard {
 pub struct Counted {
     /// What the kernel counts.
     pub kernel: KernelUsage,
-    /// What its QEMU said, and when; none if it was not asked yet.
-    pub qemu: Option<(QemuUsage, Instant)>,
+    /// What its QEMU said of its disks, and when; none if it was not asked yet.
+    pub disks: Option<(DiskUsage, Instant)>,
+    /// What its QEMU said of its memory, and when; none if it was not asked yet.
+    pub memory: Option<(MemoryUsage, Instant)>,
 }
 
 /// The same as people are told.
@@ -35,22 +37,26 @@ pub struct Told<'a> {
     #[serde(flatten)]
     kernel: &'a KernelUsage,
     #[serde(flatten)]
-    qemu: Option<&'a QemuUsage>,
-    /// Milliseconds since its QEMU told the numbers of disks, and of memory that is resident or
-    /// not used.
-    qemu_age_ms: Option<u64>,
+    disks: Option<&'a DiskUsage>,
+    /// Milliseconds since its QEMU told of its disks.
+    disk_age_ms: Option<u64>,
+    #[serde(flatten)]
+    memory: Option<&'a MemoryUsage>,
+    /// Milliseconds since its QEMU told of memory that is resident or not used.
+    memory_age_ms: Option<u64>,
 }
 
 impl Counted {
     /// As people are told.
     #[must_use]
     pub fn told(&self) -> Told<'_> {
-        let qemu = self.qemu.as_ref();
-        let age = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let age = |at: &Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
         Told {
             kernel: &self.kernel,
-            qemu: qemu.map(|(usage, _)| usage),
-            qemu_age_ms: qemu.map(|(_, at)| age(*at)),
+            disks: self.disks.as_ref().map(|(usage, _)| usage),
+            disk_age_ms: self.disks.as_ref().map(|(_, at)| age(at)),
+            memory: self.memory.as_ref().map(|(usage, _)| usage),
+            memory_age_ms: self.memory.as_ref().map(|(_, at)| age(at)),
         }
     }
 }
@@ -64,8 +70,8 @@ impl UsageBoard {
         let mut before = std::mem::take(&mut *counts);
         let counted = |(id, kernel): (Uuid, KernelUsage)| {
             let same = |it: &Counted| it.kernel.cpu_nanoseconds <= kernel.cpu_nanoseconds;
-            let qemu = before.remove(&id).filter(same).and_then(|it| it.qemu);
-            (id, Counted { kernel, qemu })
+            let before = before.remove(&id).filter(same).unwrap_or_default();
+            (id, Counted { kernel, ..before })
         };
         *counts = kernel.into_iter().map(counted).collect();
     }
@@ -73,7 +79,10 @@ impl UsageBoard {
     /// Puts what a QEMU said in the place of what it said last, if its instance still runs.
     pub fn post_qemu(&self, id: Uuid, usage: QemuUsage) {
         if let Some(counted) = self.counts().get_mut(&id) {
-            counted.qemu = Some((usage, Instant::now()));
+            match usage {
+                QemuUsage::Disks(usage) => counted.disks = Some((usage, Instant::now())),
+                QemuUsage::Memory(usage) => counted.memory = Some((usage, Instant::now())),
+            }
         }
     }
 
@@ -95,15 +104,17 @@ type Number = (&'static str, &'static str, bool, fn(&Counted) -> Option<u64>);
 const NUMBERS: [Number; 8] = [
     ("instance_cpu_nanoseconds", "Processor time", true, |it| Some(it.kernel.cpu_nanoseconds)),
     ("instance_memory_resident_kib", "Memory that the host spends on it", false, |it| {
-        qemu(it, |it| it.memory_resident_kib)
+        it.memory.as_ref().map(|(it, _)| it.memory_resident_kib)
     }),
     ("instance_disk_read_bytes", "Bytes read from disks", true, |it| {
-        qemu(it, |it| it.disk_read_bytes)
+        it.disks.as_ref().map(|(it, _)| it.disk_read_bytes)
     }),
     ("instance_disk_write_bytes", "Bytes written to disks", true, |it| {
-        qemu(it, |it| it.disk_write_bytes)
+        it.disks.as_ref().map(|(it, _)| it.disk_write_bytes)
     }),
-    ("instance_disk_requests", "Requests to disks", true, |it| qemu(it, |it| it.disk_requests)),
+    ("instance_disk_requests", "Requests to disks", true, |it| {
+        it.disks.as_ref().map(|(it, _)| it.disk_requests)
+    }),
     ("instance_network_receive_bytes", "Bytes received", true, |it| {
         Some(it.kernel.network_receive_bytes)
     }),
@@ -115,22 +126,20 @@ const NUMBERS: [Number; 8] = [
     }),
 ];
 
-/// How old what a QEMU said is: that of disks and resident memory.
-const AGE: Number = (
-    "instance_qemu_age_seconds",
-    "Seconds since its QEMU told of disks and resident memory",
-    false,
-    |it| it.qemu.as_ref().map(|(_, at)| at.elapsed().as_secs()),
-);
-
-fn qemu(counted: &Counted, number: fn(&QemuUsage) -> u64) -> Option<u64> {
-    counted.qemu.as_ref().map(|(usage, _)| number(usage))
-}
+/// How old what a QEMU said is.
+const AGES: [Number; 2] = [
+    ("instance_disk_age_seconds", "Seconds since its QEMU told of its disks", false, |it| {
+        it.disks.as_ref().map(|(_, at)| at.elapsed().as_secs())
+    }),
+    ("instance_memory_age_seconds", "Seconds since its QEMU told of its memory", false, |it| {
+        it.memory.as_ref().map(|(_, at)| at.elapsed().as_secs())
+    }),
+];
 
 impl Collector for UsageBoard {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let counts = self.read();
-        for (name, help, grows, number) in NUMBERS.into_iter().chain([AGE]) {
+        for (name, help, grows, number) in NUMBERS.into_iter().chain(AGES) {
             let kind = if grows {
                 ConstCounter::new(0_u64).metric_type()
             } else {
@@ -195,9 +204,10 @@ mod tests {
         assert!(!text().contains("instance_memory_resident_kib{"), "{}", text());
         assert!(words(&board.read()[&ID]).starts_with("cpu_nanoseconds=5 network_receive_bytes=0"));
 
-        board.post_qemu(ID, QemuUsage { memory_resident_kib: 7, ..QemuUsage::default() });
+        let usage = MemoryUsage { memory_resident_kib: 7, memory_unused_kib: None };
+        board.post_qemu(ID, QemuUsage::Memory(usage));
         assert!(text().contains(&format!("instance_memory_resident_kib{{{id}}} 7")), "{}", text());
-        assert!(text().contains(&format!("instance_qemu_age_seconds{{{id}}} 0")), "{}", text());
+        assert!(text().contains(&format!("instance_memory_age_seconds{{{id}}} 0")), "{}", text());
         let counted = &board.read()[&ID];
         assert!(words(counted).starts_with("cpu_nanoseconds=5 memory_resident_kib=7 "));
         let told = serde_json::to_value(counted.told()).unwrap();
@@ -205,21 +215,27 @@ mod tests {
             (&told["cpu_nanoseconds"], &told["memory_resident_kib"]),
             (&5.into(), &7.into())
         );
-        assert!(told["qemu_age_ms"].is_u64(), "{told}");
+        assert!(told["memory_age_ms"].is_u64() && told["disk_age_ms"].is_null(), "{told}");
     }
 
     #[test]
     fn what_a_qemu_said_stands_until_another_is_there() {
         let board = UsageBoard::default();
-        board.post_qemu(ID, QemuUsage::default());
+        let disks =
+            |disk_requests| QemuUsage::Disks(DiskUsage { disk_requests, ..DiskUsage::default() });
+        board.post_qemu(ID, disks(1));
         assert!(board.read().is_empty(), "it does not run");
         board.post(kernel(5));
-        board.post_qemu(ID, QemuUsage { disk_requests: 3, ..QemuUsage::default() });
+        board.post_qemu(ID, disks(3));
+        board.post_qemu(ID, QemuUsage::Memory(MemoryUsage::default()));
         board.post(kernel(5));
-        let requests = || board.read()[&ID].qemu.as_ref().map(|(usage, _)| usage.disk_requests);
-        assert_eq!(requests(), Some(3));
+        let told = || {
+            let counted = board.read().remove(&ID).unwrap();
+            (counted.disks.map(|(usage, _)| usage.disk_requests), counted.memory.is_some())
+        };
+        assert_eq!(told(), (Some(3), true));
         board.post(kernel(4));
-        assert_eq!(requests(), None, "it was started anew");
+        assert_eq!(told(), (None, false), "it was started anew");
         board.post(BTreeMap::new());
         assert!(board.read().is_empty());
     }

@@ -93,7 +93,7 @@ impl Counts {
 
 impl Instance {
     fn disk_rate_after(&self, before: &Self, between: Duration) -> Option<u64> {
-        let age = |it: &Self| it.usage["qemu_age_ms"].as_u64().map(Duration::from_millis);
+        let age = |it: &Self| it.usage["disk_age_ms"].as_u64().map(Duration::from_millis);
         let between = (between + age(before)?).saturating_sub(age(self)?);
         // Ages are in whole milliseconds, and answers take some to arrive: what is this near is
         // the same answer.
@@ -328,7 +328,7 @@ mod tests {
     fn instance(cpu: u64, disk: u64, age: u64) -> Instance {
         let usage = json!({
             "cpu_nanoseconds": cpu, "disk_read_bytes": disk, "memory_resident_kib": 2048,
-            "qemu_age_ms": age,
+            "disk_age_ms": age,
         });
         Instance { usage, disk_rate: None }
     }

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
-    DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, KernelUsage, OffReason,
-    Power, QemuAnswer, QemuUsage, Screenshot,
+    DiskUsage, DomainChange, DomainSeen, HostFacts, Hypervisor, HypervisorError, KernelUsage,
+    MemoryUsage, OffReason, Power, QemuAnswer, QemuUsage, Question, Screenshot,
 };
 use crate::domain::{Devices, domain_name, read, read_device};
 
@@ -37,15 +37,19 @@ pub struct Host {
     /// KVM runs guests.
     pub kvm: bool,
     /// What was used, of each domain that is on; nothing if it is not here.
-    pub used: BTreeMap<Uuid, (KernelUsage, QemuUsage)>,
+    pub used: BTreeMap<Uuid, (KernelUsage, DiskUsage, MemoryUsage)>,
     /// Domains whose QEMU does not answer.
     pub silent: BTreeSet<Uuid>,
     /// Domains with which something else is being done.
     pub busy: BTreeSet<Uuid>,
     /// How long QEMUs think about an answer.
     pub thinking: Duration,
-    /// Domains whose QEMU was asked, one after the other.
-    pub asked: Vec<Uuid>,
+    /// What QEMUs were asked, one after the other.
+    pub asked: Vec<(Question, Uuid)>,
+    /// Most QEMUs that were asked at once.
+    pub asked_at_once: usize,
+    /// Those that think about an answer.
+    thinkers: usize,
     /// What each domain will have plugged in when it is started.
     defined: BTreeMap<Uuid, Devices>,
     /// Volumes whose password is known.
@@ -241,19 +245,33 @@ impl Hypervisor for FakeHypervisor {
         Ok(on.map(|domain| (domain.uuid, used(domain.uuid))).collect())
     }
 
-    async fn qemu_usage(&self, id: InstanceId) -> Result<QemuAnswer, HypervisorError> {
-        let thinking = FakeHypervisor::host(self).thinking;
+    async fn qemu_usage(
+        &self,
+        id: InstanceId,
+        question: Question,
+    ) -> Result<QemuAnswer, HypervisorError> {
+        let thinking = {
+            let mut host = FakeHypervisor::host(self);
+            host.reach()?;
+            host.asked.push((question, id.0));
+            host.thinkers += 1;
+            host.asked_at_once = host.asked_at_once.max(host.thinkers);
+            host.thinking
+        };
         tokio::time::sleep(thinking).await;
         let mut host = FakeHypervisor::host(self);
-        host.reach()?;
-        host.asked.push(id.0);
+        host.thinkers -= 1;
         if host.silent.contains(&id.0) {
             return Ok(QemuAnswer::Silent);
         }
         if host.busy.contains(&id.0) {
             return Ok(QemuAnswer::Busy);
         }
-        Ok(QemuAnswer::Told(host.used.get(&id.0).cloned().unwrap_or_default().1))
+        let (_, disks, memory) = host.used.get(&id.0).cloned().unwrap_or_default();
+        Ok(QemuAnswer::Told(match question {
+            Question::Disks => QemuUsage::Disks(disks),
+            Question::Memory => QemuUsage::Memory(memory),
+        }))
     }
 
     async fn xml(&self, _id: InstanceId) -> Result<String, HypervisorError> {

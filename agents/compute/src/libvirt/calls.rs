@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_int};
+use std::time::Duration;
 
 use stackhand_model::InstanceId;
 use uuid::Uuid;
@@ -133,18 +134,16 @@ pub(super) struct Info {
     pub(super) memory_kib: u64,
 }
 
-/// What a domain's QEMU counts. A QEMU that is busy with something else is not waited for, and then
-/// little is told; one that does not answer at all holds up the call for as long.
-pub(super) fn qemu_stats(domain: &Domain) -> Result<Numbers, Error> {
-    let kinds = sys::VIR_DOMAIN_STATS_BALLOON | sys::VIR_DOMAIN_STATS_BLOCK;
-    let flags = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
-    let mut domains = [domain.as_ptr(), std::ptr::null_mut()];
-    let mut list: *mut sys::virDomainStatsRecordPtr = std::ptr::null_mut();
-    // SAFETY: the domain is live, the array ends with a null, and libvirt allocates the list.
-    let count =
-        unsafe { sys::virDomainListGetStats(domains.as_mut_ptr(), kinds, &raw mut list, flags) };
-    let records = Records::new(list, count)?;
-    Ok(records.iter().next().map(numbers).unwrap_or_default())
+/// How long a question to a domain's QEMU has been waiting for its answer; none if there is none.
+pub(super) fn unanswered(domain: &Domain) -> Result<Option<Duration>, Error> {
+    let mut info = std::mem::MaybeUninit::<sys::virDomainControlInfo>::zeroed();
+    // SAFETY: the domain is live; the structure has room, and zeros are a value of it.
+    let info = unsafe {
+        checked(sys::virDomainGetControlInfo(domain.as_ptr(), info.as_mut_ptr(), 0))?;
+        info.assume_init()
+    };
+    let waits = info.state == sys::VIR_DOMAIN_CONTROL_OCCUPIED;
+    Ok(waits.then(|| Duration::from_millis(info.stateTime)))
 }
 
 /// A list of records that libvirt allocated.

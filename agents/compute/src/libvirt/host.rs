@@ -3,8 +3,11 @@
 use quick_xml::events::Event;
 use quick_xml::reader::Reader;
 
+use virt::domain::{BlockStats, MemoryStat};
+use virt::sys;
+
 use super::calls::{Info, Numbers};
-use crate::hypervisor::{KernelUsage, NumaCell, QemuUsage};
+use crate::hypervisor::{DiskUsage, KernelUsage, MemoryUsage, NumaCell};
 
 /// What the host's capabilities say, as far as it concerns us.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -79,15 +82,23 @@ pub(super) fn kernel_usage(info: Info, numbers: &Numbers) -> KernelUsage {
     }
 }
 
-/// What a QEMU counts; none if it was not asked, because it was busy.
-pub(super) fn qemu_usage(numbers: &Numbers) -> Option<QemuUsage> {
-    Some(QemuUsage {
-        // Told if QEMU was asked, and else neither this nor what disks did.
-        memory_resident_kib: *numbers.get("balloon.rss")?,
-        memory_unused_kib: numbers.get("balloon.unused").copied(),
-        disk_read_bytes: sum(numbers, "block", &["rd.bytes"]),
-        disk_write_bytes: sum(numbers, "block", &["wr.bytes"]),
-        disk_requests: sum(numbers, "block", &["rd.reqs", "wr.reqs"]),
+/// What a QEMU counts of its disks, all together.
+pub(super) fn disk_usage(stats: &BlockStats) -> DiskUsage {
+    // libvirt says -1 of what it does not know.
+    let known = |number: i64| u64::try_from(number).unwrap_or(0);
+    DiskUsage {
+        disk_read_bytes: known(stats.rd_bytes),
+        disk_write_bytes: known(stats.wr_bytes),
+        disk_requests: known(stats.rd_req).saturating_add(known(stats.wr_req)),
+    }
+}
+
+/// How a domain's memory is used; none if that was not told.
+pub(super) fn memory_usage(stats: &[MemoryStat]) -> Option<MemoryUsage> {
+    let told = |tag| stats.iter().find(|it| it.tag == tag).map(|it| it.val);
+    Some(MemoryUsage {
+        memory_resident_kib: told(sys::VIR_DOMAIN_MEMORY_STAT_RSS)?,
+        memory_unused_kib: told(sys::VIR_DOMAIN_MEMORY_STAT_UNUSED),
     })
 }
 
@@ -122,34 +133,38 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_summed_over_disks_and_devices() {
+    fn numbers_are_summed_over_devices() {
         let numbers = [
-            ("balloon.rss", 9),
-            ("block.count", 2),
-            ("block.0.rd.bytes", 10),
-            ("block.1.rd.bytes", 20),
-            ("block.1.wr.reqs", 3),
+            ("net.count", 2),
             ("net.0.rx.bytes", 7),
+            ("net.1.rx.bytes", 20),
+            ("net.1.rx.pkts", 3),
             ("net.0.tx.drop", 1),
         ];
-        let mut numbers: Numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
+        let numbers: Numbers = numbers.map(|(name, value)| (name.to_owned(), value)).into();
         let info = Info { cpu_nanoseconds: 5, memory_kib: 64 };
         let kernel = KernelUsage {
             cpu_nanoseconds: 5,
             memory_kib: 64,
-            network_receive_bytes: 7,
+            network_receive_bytes: 27,
             network_drops: 1,
             ..KernelUsage::default()
         };
         assert_eq!(kernel_usage(info, &numbers), kernel);
-        let qemu = QemuUsage {
-            memory_resident_kib: 9,
-            disk_read_bytes: 30,
-            disk_requests: 3,
-            ..QemuUsage::default()
-        };
-        assert_eq!(qemu_usage(&numbers), Some(qemu));
-        numbers.remove("balloon.rss");
-        assert_eq!(qemu_usage(&numbers), None, "one that is busy has not read nothing");
+    }
+
+    #[test]
+    fn what_libvirt_does_not_know_is_not_counted() {
+        let stats = BlockStats { rd_req: 1, rd_bytes: 512, wr_req: 2, wr_bytes: -1, errs: -1 };
+        let disks = DiskUsage { disk_read_bytes: 512, disk_write_bytes: 0, disk_requests: 3 };
+        assert_eq!(disk_usage(&stats), disks);
+        let stat = |tag, val| MemoryStat { tag, val };
+        let rss = stat(sys::VIR_DOMAIN_MEMORY_STAT_RSS, 9);
+        let mut memory = MemoryUsage { memory_resident_kib: 9, memory_unused_kib: None };
+        assert_eq!(memory_usage(std::slice::from_ref(&rss)).as_ref(), Some(&memory));
+        let unused = stat(sys::VIR_DOMAIN_MEMORY_STAT_UNUSED, 4);
+        memory.memory_unused_kib = Some(4);
+        assert_eq!(memory_usage(&[unused.clone(), rss]), Some(memory));
+        assert_eq!(memory_usage(&[unused]), None);
     }
 }

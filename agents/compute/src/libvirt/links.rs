@@ -6,10 +6,15 @@
 //! later. It asks the loop of the thread that waits to end (`virNetClientIO`), which is lost if that
 //! loop is about to begin.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use uuid::Uuid;
 use virt::connect::Connect;
+use virt::domain::Domain;
 use virt::error::Error;
+use virt::sys;
 
 use super::Notice;
 use super::events::Listener;
@@ -39,12 +44,33 @@ struct State {
 }
 
 /// A connection and what listens to it; closed when it is dropped.
-struct Link {
-    connect: Connect,
+pub(super) struct Link {
+    pub(super) connect: Connect,
     listener: Option<Listener>,
+    /// Domains that were on when one was looked for that was not among them.
+    running: BTreeMap<Uuid, Domain>,
 }
 
 impl Link {
+    fn new(connect: Connect, listener: Option<Listener>) -> Self {
+        Self { connect, listener, running: BTreeMap::new() }
+    }
+
+    /// A domain that is on. Who asks for all of them, one after the other, has libvirtd look for
+    /// them once.
+    pub(super) fn running(&mut self, id: Uuid) -> Result<&Domain, Error> {
+        if !self.running.contains_key(&id) {
+            let domains = self.connect.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
+            let known = |domain: Domain| Some((domain.get_uuid().ok()?, domain));
+            self.running = domains.into_iter().filter_map(known).collect();
+        }
+        match self.running.entry(id) {
+            Entry::Occupied(domain) => Ok(domain.into_mut()),
+            // Says what is wrong.
+            Entry::Vacant(place) => Ok(place.insert(Domain::lookup_by_uuid(&self.connect, id)?)),
+        }
+    }
+
     fn is_alive(&self) -> bool {
         self.connect.is_alive().unwrap_or(false)
     }
@@ -55,6 +81,7 @@ impl Drop for Link {
         if let Some(listener) = self.listener.take() {
             listener.end(&self.connect);
         }
+        self.running.clear();
         // `Connect` does not close itself. On a dead connection this only frees memory.
         if let Err(error) = self.connect.close() {
             tracing::debug!(%error, "closing a connection to libvirt");
@@ -87,10 +114,10 @@ impl Links {
     pub(super) fn call<T>(
         &self,
         action: String,
-        call: impl FnOnce(&Connect) -> Result<T, Error>,
+        call: impl FnOnce(&mut Link) -> Result<T, Error>,
     ) -> Result<T, HypervisorError> {
-        let link = self.take()?;
-        match call(&link.connect) {
+        let mut link = self.take()?;
+        match call(&mut link) {
             Ok(answer) => {
                 self.state().idle.push(link);
                 Ok(answer)
@@ -139,7 +166,7 @@ impl Links {
                         self.lose_the_dead();
                         self.away(error.message())
                     })?;
-                    return Ok(Link { connect, listener: None });
+                    return Ok(Link::new(connect, None));
                 }
             }
         }
@@ -161,7 +188,7 @@ impl Links {
             tracing::warn!(uri = self.uri, "libvirt gives no events; changes are seen late");
         }
         let mut state = self.state();
-        state.listening = Some(Link { connect, listener });
+        state.listening = Some(Link::new(connect, listener));
         state.problem = None;
         tracing::info!(uri = self.uri, "connected to libvirt");
         Ok(())

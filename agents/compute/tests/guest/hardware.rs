@@ -195,6 +195,8 @@ mod lab {
             let usage = usage.await;
             assert_eq!(usage["memory_kib"], 256 << 10, "{usage}");
             assert!(usage["memory_unused_kib"].as_u64() < usage["memory_kib"].as_u64(), "{usage}");
+            // Its disks are counted together, of whatever kind they are.
+            assert!(usage["disk_read_bytes"].as_u64() > Some(0), "{usage}");
 
             // A guest that stops to feed its watchdog stands still, until it is rebooted.
             let feed = "watchdog -T 2 -t 1 /dev/watchdog; echo [fed $((40 + 2))]";
