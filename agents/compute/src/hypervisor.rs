@@ -258,14 +258,17 @@ pub enum QemuUsage {
     Memory(MemoryUsage),
 }
 
+/// What helps where a QEMU does not answer.
+pub const SILENT_QEMU_REMEDY: &str = "look whether its storage is there, or reboot it with --hard";
+
 /// What came of asking a QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum QemuAnswer {
     /// It told.
     Told(QemuUsage),
-    /// Something else is being done with it, or it owes an answer from before: another time.
+    /// Something else is being done with it: another time.
     Busy,
-    /// It did not answer in time. A storage that is away can stop a QEMU like that.
+    /// It does not answer. A storage that is away can stop a QEMU like that.
     Silent,
 }
 

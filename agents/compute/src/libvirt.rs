@@ -44,6 +44,9 @@ const CALLS_AT_ONCE: usize = 8;
 /// How long a QEMU is waited for that is asked what it used.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a QEMU may keep a change waiting, such as for a volume that is to be opened.
+const LONG_PATIENCE: Duration = Duration::from_secs(30);
+
 /// How often a lost connection is tried again, and a silent one is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -109,27 +112,66 @@ impl Libvirt {
         action: String,
         call: impl FnOnce(&mut Link) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, HypervisorError> {
-        let shared = Arc::clone(&self.shared);
-        let broke_off =
-            |reason: String| HypervisorError::Refused { action: action.clone(), reason };
         let Ok(_turn) = self.shared.turns.acquire().await else {
-            return Err(broke_off("the agent is ending".into()));
+            return Err(HypervisorError::Refused { action, reason: "the agent is ending".into() });
         };
-        // A panic of the bindings ends up in the handle instead of ending the agent.
-        let told = action.clone();
-        let handle = tokio::task::spawn_blocking(move || shared.links.call(told, call));
-        handle.await.unwrap_or_else(|error| Err(broke_off(format!("the call broke off: {error}"))))
+        self.call_now(action, call).await
     }
 
-    /// Whether a domain's QEMU has not answered for long. Else it is another change of the domain
-    /// that is waited for, or libvirtd, or a place to ask from.
-    async fn is_silent(&self, id: InstanceId) -> bool {
+    /// The same for a short call that waits for no turn.
+    async fn call_now<T: Send + 'static>(
+        &self,
+        action: String,
+        call: impl FnOnce(&mut Link) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
+        let (shared, told) = (Arc::clone(&self.shared), action.clone());
+        // A panic of the bindings ends up in the handle instead of ending the agent.
+        let handle = tokio::task::spawn_blocking(move || shared.links.call(told, call));
+        handle.await.unwrap_or_else(|error| {
+            let reason = format!("the call broke off: {error}");
+            Err(HypervisorError::Refused { action, reason })
+        })
+    }
+
+    /// Makes a call by a domain's QEMU: waits for as long as that answers, and asks nothing of one
+    /// that owes an answer.
+    async fn call_qemu<T: Send + 'static>(
+        &self,
+        id: InstanceId,
+        action: String,
+        call: impl FnOnce(&Connect) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
+        let refused = |refusal| owing::refused(action.clone(), refusal);
+        let open = self.shared.owing.change(id.0).await.map_err(refused)?;
+        let debt = open.debt();
+        let called = self.call(action.clone(), move |connect| {
+            // Until it is done, however long nobody waits for it any more.
+            let _open = open;
+            call(connect)
+        });
+        tokio::pin!(called);
+        loop {
+            if let Ok(done) = tokio::time::timeout(LONG_PATIENCE, &mut called).await {
+                return done;
+            }
+            if self.is_silent(id, LONG_PATIENCE).await {
+                debt.leave_behind();
+                debt.is_silence();
+                return Err(refused(Refusal::Silent));
+            }
+        }
+    }
+
+    /// Whether a domain's QEMU, which was waited for for so long, has not answered for most of that.
+    /// Else it is another change of the domain that is waited for, or libvirtd, or a long work.
+    async fn is_silent(&self, id: InstanceId, waited: Duration) -> bool {
         let action = format!("look at the QEMU of domain {id}");
-        let unanswered = self.call(action, move |connect| {
-            calls::unanswered(&Domain::lookup_by_uuid(connect, id.0)?)
+        // Those that wait for silent QEMUs may have all turns.
+        let unanswered = self.call_now(action, move |link| {
+            calls::unanswered(&Domain::lookup_by_uuid(&link.connect, id.0)?)
         });
         let since = tokio::time::timeout(PATIENCE, unanswered).await;
-        matches!(since, Ok(Ok(Some(since))) if since >= PATIENCE / 2)
+        matches!(since, Ok(Ok(Some(since))) if since >= waited / 2)
     }
 }
 
@@ -178,7 +220,13 @@ impl Hypervisor for Libvirt {
 
     async fn perform(&self, id: InstanceId, change: DomainChange) -> Result<(), HypervisorError> {
         let action = format!("{change} ({id})");
-        self.call(action, move |connect| perform::perform(connect, id, change)).await
+        let by_qemu = perform::is_by_qemu(&change);
+        let perform = move |connect: &Connect| perform::perform(connect, id, change);
+        if by_qemu {
+            self.call_qemu(id, action, perform).await
+        } else {
+            self.call(action, perform).await
+        }
     }
 
     async fn host(&self) -> Result<HostFacts, HypervisorError> {
@@ -216,27 +264,28 @@ impl Hypervisor for Libvirt {
         question: Question,
     ) -> Result<QemuAnswer, HypervisorError> {
         let action = format!("ask the QEMU of domain {id} what it used");
-        let answer = async {
-            let open = match self.shared.owing.open(id.0).await {
-                Ok(open) => open,
-                Err(Refusal::OwesAnswer) => return Ok(QemuAnswer::Busy),
-                Err(Refusal::OthersOwe(late)) => {
-                    let reason = format!("{late} others owe an answer");
-                    return Err(HypervisorError::Refused { action, reason });
-                }
-            };
-            self.call_on(action, move |link| {
-                // Until there is an answer, however long nobody waits for it any more.
-                let _open = open;
-                ask(link.running(id.0)?, question)
-            })
-            .await
+        let open = match tokio::time::timeout(PATIENCE, self.shared.owing.question(id.0)).await {
+            Ok(Ok(open)) => open,
+            Ok(Err(Refusal::Silent)) => return Ok(QemuAnswer::Silent),
+            // Or there was no place to ask from.
+            Ok(Err(Refusal::Busy)) | Err(_) => return Ok(QemuAnswer::Busy),
+            Ok(Err(refusal)) => return Err(owing::refused(action, refusal)),
         };
+        let debt = open.debt();
+        let answer = self.call_on(action, move |link| {
+            // Until there is an answer, however long nobody waits for it any more.
+            let _open = open;
+            ask(link.running(id.0)?, question)
+        });
         if let Ok(answer) = tokio::time::timeout(PATIENCE, answer).await {
             return answer;
         }
-        self.shared.owing.is_late(id.0);
-        Ok(if self.is_silent(id).await { QemuAnswer::Silent } else { QemuAnswer::Busy })
+        debt.leave_behind();
+        if !self.is_silent(id, PATIENCE).await {
+            return Ok(QemuAnswer::Busy);
+        }
+        debt.is_silence();
+        Ok(QemuAnswer::Silent)
     }
 
     async fn xml(&self, id: InstanceId) -> Result<String, HypervisorError> {
@@ -259,7 +308,7 @@ impl Hypervisor for Libvirt {
     }
 
     async fn screenshot(&self, id: InstanceId) -> Result<Screenshot, HypervisorError> {
-        self.call(format!("take a picture of domain {id}"), move |connect| {
+        self.call_qemu(id, format!("take a picture of domain {id}"), move |connect| {
             let domain = Domain::lookup_by_uuid(connect, id.0)?;
             let stream = Stream::new(connect, 0)?;
             let mime = domain.screenshot(&stream, 0, 0)?;
@@ -299,11 +348,11 @@ impl Hypervisor for Libvirt {
         let begin = move |connect: &Connect| {
             calls::begin_backup(&Domain::lookup_by_uuid(connect, id.0)?, &xml)
         };
-        self.call(action.clone(), begin).await?;
+        self.call_qemu(id, action.clone(), begin).await?;
         let looked = action.clone();
         // Dropped before its end, for whatever reason, it leaves the copy to `abort_copy`.
         while self
-            .call(looked.clone(), move |connect| {
+            .call_qemu(id, looked.clone(), move |connect| {
                 calls::job(&Domain::lookup_by_uuid(connect, id.0)?, false)
             })
             .await?
@@ -311,8 +360,9 @@ impl Hypervisor for Libvirt {
         {
             tokio::time::sleep(COPY_EVERY).await;
         }
-        let ended = self
-            .call(looked, move |connect| calls::job(&Domain::lookup_by_uuid(connect, id.0)?, true));
+        let ended = self.call_qemu(id, looked, move |connect| {
+            calls::job(&Domain::lookup_by_uuid(connect, id.0)?, true)
+        });
         match ended.await? {
             sys::VIR_DOMAIN_JOB_COMPLETED => Ok(()),
             kind => Err(HypervisorError::Refused {
@@ -323,7 +373,7 @@ impl Hypervisor for Libvirt {
     }
 
     async fn abort_copy(&self, id: InstanceId) -> Result<(), HypervisorError> {
-        self.call(format!("end the copy of a disk of domain {id}"), move |connect| {
+        self.call_qemu(id, format!("end the copy of a disk of domain {id}"), move |connect| {
             let domain = match Domain::lookup_by_uuid(connect, id.0) {
                 Err(error) if error.code() == ErrorNumber::NoDomain => return Ok(()),
                 domain => domain?,

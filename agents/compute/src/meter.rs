@@ -18,7 +18,7 @@ use stackhand_model::InstanceId;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::hypervisor::{Hypervisor, HypervisorError, QemuAnswer, Question};
+use crate::hypervisor::{Hypervisor, HypervisorError, QemuAnswer, Question, SILENT_QEMU_REMEDY};
 use crate::usage::UsageBoard;
 
 /// How long a pass goes on with asking QEMUs.
@@ -171,12 +171,8 @@ impl<H: Hypervisor> Meter<H> {
     /// What to tell people: QEMUs that do not answer.
     #[must_use]
     pub fn troubles(&self) -> Vec<String> {
-        let told = |id: &Uuid| {
-            format!(
-                "the QEMU of instance {id} does not answer: look whether its storage is there, or \
-                 reboot it with --hard"
-            )
-        };
+        let told =
+            |id: &Uuid| format!("the QEMU of instance {id} does not answer: {SILENT_QEMU_REMEDY}");
         self.silent().iter().map(told).collect()
     }
 

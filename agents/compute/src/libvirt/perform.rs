@@ -13,6 +13,27 @@ use super::{calls, power};
 use crate::domain::{secret_id, secret_xml};
 use crate::hypervisor::{DomainChange, Power};
 
+/// Whether a domain's QEMU is needed for a change, and may keep it waiting.
+pub(super) fn is_by_qemu(change: &DomainChange) -> bool {
+    match change {
+        DomainChange::Start { .. }
+        | DomainChange::Pause
+        | DomainChange::Resume
+        | DomainChange::Shutdown
+        | DomainChange::Save
+        | DomainChange::Attach { .. }
+        | DomainChange::Detach { .. }
+        | DomainChange::Resize { .. } => true,
+        // It helps against one that does not answer.
+        DomainChange::Destroy => false,
+        DomainChange::Define { .. }
+        | DomainChange::Discard
+        | DomainChange::Keep { .. }
+        | DomainChange::Release { .. }
+        | DomainChange::Undefine => false,
+    }
+}
+
 pub(super) fn perform(
     connect: &Connect,
     id: InstanceId,

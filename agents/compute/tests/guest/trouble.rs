@@ -7,7 +7,7 @@ mod lab {
 
     use serde_json::{Value, json};
     use stackhand_model::Document;
-    use stackhand_runtime::agent::Agent;
+    use stackhand_runtime::agent::{Agent, Outcome};
     use stackhand_testkit::{in_netns, on_a_host, wait_for};
     use uuid::Uuid;
 
@@ -128,6 +128,58 @@ mod lab {
             for object in objects {
                 driven.until_gone(object).await;
             }
+            driven.kill().await;
+        });
+    }
+
+    #[test]
+    fn a_change_by_a_qemu_that_does_not_answer_is_told_and_holds_up_no_other() {
+        in_netns(async || {
+            let scene = Scene::new();
+            let disk = scene.root.path().join("volume-7");
+            fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+            let volumes = json!([{
+                "volume": Uuid::from_u128(7),
+                "connection": {"type": "file", "path": disk, "format": "raw"},
+            }]);
+            let other = |generation, power| {
+                let fields = json!({"memory_mib": 64, "power_state": power});
+                Scene::another(2 << 96, generation, fields)
+            };
+            let driven = scene.driven();
+            driven.want(scene.images.clone(), false);
+            driven.want([Scene::instance(1, json!({})), other(1, "paused")], false);
+            let instance = Scene::instance(2, json!({"volumes": volumes}));
+            let (object, other_object) = (instance.object(), other(1, "paused").object());
+            driven.until_active(object).await;
+            driven.until_active(other_object).await;
+
+            // What waits is left behind.
+            scene.libvirtd.signal(NAME, "STOP");
+            driven.want([instance.clone()], false);
+            let told = driven.until_reason(object, "its QEMU does not answer").await;
+            assert!(told.contains("volume") && told.contains("--hard"), "{told}");
+            // Others are changed, and nothing waits for it again.
+            let begun = Instant::now();
+            driven.want([other(2, "running")], false);
+            driven.until_active(other_object).await;
+            driven.passes(2).await;
+            assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+            let usage = driven.act(&instance, "usage", Value::Null).await.unwrap();
+            assert!(usage["disk_age_ms"].is_null(), "nobody asked it: {usage}");
+            let troubles = driven.agent.troubles();
+            assert!(troubles[0].contains(&object.id.to_string()), "{troubles:?}");
+            let refused = driven.act(&instance, "screenshot", Value::Null).await.unwrap_err();
+            assert!(refused.message.contains("does not answer"), "{refused:?}");
+
+            driven.act(&instance, "reboot", json!({"type": "hard"})).await.unwrap();
+            let active =
+                |outcome: &Outcome| matches!(outcome, Outcome::Active { .. }).then_some(());
+            driven.until(object, "it to have its volume", active).await;
+            driven.until_console(&instance, "disk vda 2048").await;
+            driven.want([instance, other(2, "running")], true);
+            driven.until_gone(object).await;
+            driven.until_gone(other_object).await;
             driven.kill().await;
         });
     }
