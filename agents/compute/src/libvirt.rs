@@ -155,8 +155,7 @@ impl Libvirt {
                 return done;
             }
             if self.is_silent(id, LONG_PATIENCE).await {
-                debt.leave_behind();
-                debt.is_silence();
+                debt.leave_behind(true);
                 return Err(refused(Refusal::Silent));
             }
         }
@@ -280,12 +279,9 @@ impl Hypervisor for Libvirt {
         if let Ok(answer) = tokio::time::timeout(PATIENCE, answer).await {
             return answer;
         }
-        debt.leave_behind();
-        if !self.is_silent(id, PATIENCE).await {
-            return Ok(QemuAnswer::Busy);
-        }
-        debt.is_silence();
-        Ok(QemuAnswer::Silent)
+        let silent = self.is_silent(id, PATIENCE).await;
+        debt.leave_behind(silent);
+        Ok(if silent { QemuAnswer::Silent } else { QemuAnswer::Busy })
     }
 
     async fn xml(&self, id: InstanceId) -> Result<String, HypervisorError> {

@@ -119,14 +119,10 @@ impl Owing {
 }
 
 impl Debt {
-    /// Nobody waits for the answer any more.
-    pub(super) fn leave_behind(&self) {
+    /// Nobody waits for the answer any more; whether it is the QEMU itself that does not answer.
+    pub(super) fn leave_behind(&self, silent: bool) {
         self.late.store(true, Ordering::Relaxed);
-    }
-
-    /// It is the QEMU itself that does not answer.
-    pub(super) fn is_silence(&self) {
-        self.silent.store(true, Ordering::Relaxed);
+        self.silent.store(silent, Ordering::Relaxed);
     }
 }
 
@@ -179,7 +175,7 @@ mod tests {
         open.remove(0);
         open.push(wait(7).await.unwrap().unwrap());
         // Those that are late hold all places until one of them answers.
-        open.iter().for_each(|open| open.debt().leave_behind());
+        open.iter().for_each(|open| open.debt().leave_behind(false));
         assert_eq!(owing.question(id(8)).await.unwrap_err(), Refusal::OthersOwe(QUESTIONS));
         assert_eq!(owing.question(id(2)).await.unwrap_err(), Refusal::Busy);
         open.remove(0);
@@ -191,9 +187,9 @@ mod tests {
         let owing = Owing::new();
         let question = owing.question(id(1)).await.unwrap();
         drop(owing.change(id(1)).await.unwrap());
-        question.debt().leave_behind();
+        question.debt().leave_behind(false);
         drop(owing.change(id(1)).await.unwrap());
-        question.debt().is_silence();
+        question.debt().leave_behind(true);
         assert_eq!(owing.change(id(1)).await.unwrap_err(), Refusal::Silent);
         assert_eq!(owing.question(id(1)).await.unwrap_err(), Refusal::Silent);
         let answered = async { drop(question) };
@@ -206,7 +202,7 @@ mod tests {
         let mut open = Vec::new();
         for number in 1..=LEFT_BEHIND {
             open.push(owing.change(id(number)).await.unwrap());
-            open[number - 1].debt().leave_behind();
+            open[number - 1].debt().leave_behind(true);
         }
         assert_eq!(owing.change(id(99)).await.unwrap_err(), Refusal::OthersOwe(LEFT_BEHIND));
         drop(open);
