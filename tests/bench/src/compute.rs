@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 use stackhand_compute::agent::ComputeAgent;
 use stackhand_compute::config::{ComputeSection, VirtType};
+use stackhand_compute::hypervisor::{Hypervisor, QemuAnswer, Question};
 use stackhand_compute::libvirt::Libvirt;
-use stackhand_model::{Document, ObjectRef};
+use stackhand_model::{Document, InstanceId, ObjectRef};
 use stackhand_runtime::agent::{Agent, Cause, Desired, Held, Outcome, Work};
 use stackhand_runtime::wake::Wake;
 use stackhand_testkit::guest::Libvirtd;
@@ -29,8 +31,11 @@ const THERE: u128 = 200;
 /// How long anything may take before it is given up.
 const LIMIT: Duration = Duration::from_secs(900);
 
-/// What each QEMU is asked: for its disks, and for its memory.
-const QUESTIONS: usize = 2;
+/// What each QEMU is asked.
+const QUESTIONS: [Question; 2] = [Question::Disks, Question::Memory];
+
+/// QEMUs that are asked at once, as by a pass.
+const ASKED_AT_ONCE: usize = 6;
 
 /// Rounds of which the middle one counts.
 const ROUNDS: usize = 5;
@@ -78,7 +83,7 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
     let writes = again.settle().await?;
     let restart = millis(begun);
     ensure!(writes == 0, "a restart wrote {writes} times");
-    let (mut passes, mut floor_counts) = (Vec::new(), Vec::new());
+    let (mut passes, mut counts, mut floor_counts) = (Vec::new(), Vec::new(), Vec::new());
     let meter = again.agent.meter();
     // The first has all connections to libvirtd to open.
     meter.pass().await?;
@@ -87,8 +92,23 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
         let begun = Instant::now();
         let pass = meter.pass().await?;
         passes.push(millis(begun));
-        ensure!(pass.all == QUESTIONS * ids.len(), "{} questions to {} domains", pass.all, THERE);
+        let all = QUESTIONS.len() * ids.len();
+        ensure!(pass.all == all, "there are {} questions, not {all}", pass.all);
         asked += pass.asked;
+
+        // Everything of all of them, which no pass asks.
+        let begun = Instant::now();
+        let hypervisor = again.agent.hypervisor();
+        hypervisor.kernel_usage().await?;
+        for question in QUESTIONS {
+            let answers = stream::iter(&ids)
+                .map(|&id| hypervisor.qemu_usage(InstanceId(uuid(id)), question))
+                .buffer_unordered(ASKED_AT_ONCE)
+                .try_collect::<Vec<_>>();
+            let told = |answer: &QemuAnswer| matches!(answer, QemuAnswer::Told(_));
+            ensure!(answers.await?.iter().all(told), "a QEMU did not tell: {question:?}");
+        }
+        counts.push(millis(begun));
         let begun = Instant::now();
         libvirtd.virsh([
             "domstats",
@@ -100,10 +120,8 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
         ]);
         floor_counts.push(millis(begun));
     }
-    let asked = f64::from(u32::try_from(asked)?);
-    let all = f64::from(u32::try_from(QUESTIONS * ids.len() * ROUNDS)?);
-    let count = passes.iter().sum::<f64>() / asked * all / f64::from(u32::try_from(ROUNDS)?);
-    let (pass, floor_count) = (middle(passes), middle(floor_counts));
+    let pass = middle(passes);
+    let (count, floor_count) = (middle(counts), middle(floor_counts));
     drop(again);
     bench.unmake(&ids).await?;
 
@@ -123,7 +141,7 @@ pub(crate) async fn run() -> anyhow::Result<Vec<Row>> {
         Row::at_most("instance delete / virsh destroy", delete / floor_delete, "", 1.1),
         Row::at_most("restart with 200 domains: in sync", restart, "ms", 3000.0),
         Row::at_most("usage of 200 domains: a pass", pass, "ms", 200.0),
-        Row::told("QEMUs of 200 that a pass asks", asked / f64::from(u32::try_from(ROUNDS)?), ""),
+        Row::told("QEMUs of 200 that a pass asks", f64::from(u32::try_from(asked / ROUNDS)?), ""),
         Row::times_at_most(
             "usage with all that 200 QEMUs are asked, against virsh domstats",
             count,
